@@ -1,0 +1,42 @@
+"""Packaging; tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+TORCH = ["torch==2.13.0", "transformers>=5.0", "sentencepiece>=0.2"]
+
+setup(
+    name="w2s_jax",
+    version="0.1.0",
+    description="How far can a strong model learn from weaker teachers? 42 papers in JAX.",
+    long_description=open("README.md", encoding="utf8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["w2s_jax*", "experiments*"]),
+    package_data={"w2s_jax": ["py.typed"], "w2s_jax.nano": ["**/*"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "datasets>=4.0",
+        "tensorflow-datasets>=4.9.9",
+        "array_record>=0.8; sys_platform == 'linux'",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "scikit-learn>=1.5",
+        "scipy>=1.14",
+        "matplotlib>=3.9",
+        "tyro>=1.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "track": ["wandb", "tensorboardX"],
+        "serve": ["openai"],
+        "parity": [*TORCH, "trl>=1.16"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX", "ruff>=0.12", "pyright>=1.1.400"],
+    },
+)
