@@ -1,0 +1,173 @@
+"""Several documents in one row: packing without waste and without leaking between documents.
+
+The loss-weight convention of the whole project is fixed here: ``mask[t]`` weights predicting
+``tokens[t]`` from the tokens before it *in the same document* (the same ``segment`` of a row), so
+the first token of a document, which nothing precedes, always has mask 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from w2s_jax.errors import UserError
+from w2s_jax.types import Table
+
+Document = tuple[Any, Any]  # (token ids [T], loss weights [T] or None for "all but the first")
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How full packed rows are: counts, and the share of positions that hold a real token."""
+
+    rows: int
+    documents: int
+    tokens: int
+    trained: int
+    share: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents} documents in {self.rows} rows, {self.tokens} tokens "
+            f"({self.trained} trained on), {self.share:.1%} full"
+        )
+
+
+def pack(
+    documents: Iterable[Document], length: int, *, on_long: str = "error", window: int = 8192
+) -> Table:
+    """Pack documents into rows of ``length`` tokens, each document whole and in one row.
+
+    Args:
+      documents: pairs (ids [T] int, weights [T] float or None). ``weights[t]`` weights predicting
+        ``ids[t]``; None means 1 everywhere. The weight of a document's first token is set to 0.
+      length: tokens in a row.
+      on_long: what to do with a document longer than ``length``: "error", or "split" into pieces
+        that overlap by one token, so that every target is still predicted exactly once.
+      window: documents looked at together; each window is placed longest first, into the fullest
+        open row that still has room. The result depends on the input alone.
+
+    Returns:
+      A table with ``tokens``, ``segment`` (1, 2, ... in a row; 0 is padding), ``position`` (from 0
+      in each document), all int32 [N, length], and ``mask`` float32 [N, length].
+
+    Raises:
+      UserError: no documents, an empty document, weights of another length, or a document longer
+        than ``length`` under on_long="error".
+    """
+    if on_long not in ("error", "split"):
+        raise UserError(f"pack: on_long must be 'error' or 'split', got {on_long!r}")
+    if length < 2:
+        raise UserError(f"pack: length must be at least 2, got {length}")
+    ids, weights, sizes = _flatten(list(documents))
+    starts = np.cumsum(sizes) - sizes
+    if sizes.max() > length:
+        if on_long == "error":
+            worst = int(sizes.argmax())
+            raise UserError(
+                f"document {worst} has {sizes[worst]} tokens, more than the row length {length}: "
+                "raise the length, drop the document, or pass on_long='split'"
+            )
+        starts, sizes = _split(starts, sizes, length)
+    row, offset, segment = _place(sizes, length, window)
+    return _fill_rows(ids, weights, starts, sizes, row, offset, segment, length)
+
+
+def fill(table: Table) -> Fill:
+    """Statistics of a packed (or padded) table with ``segment`` [N,T] and ``mask`` [N,T]."""
+    segment, mask = np.asarray(table["segment"]), np.asarray(table["mask"])
+    real = int(np.count_nonzero(segment))
+    documents = int(segment.max(axis=1).sum()) if segment.size else 0
+    trained = int(np.count_nonzero(mask))
+    return Fill(len(segment), documents, real, trained, real / max(segment.size, 1))
+
+
+def _flatten(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All ids and weights end to end, and the size of each document."""
+    if not documents:
+        raise UserError("pack: there are no documents")
+    sizes = np.fromiter((len(ids) for ids, _ in documents), np.int64, len(documents))
+    if sizes.min() == 0:
+        raise UserError(f"pack: document {int(sizes.argmin())} is empty")
+    for i, (ids, weights) in enumerate(documents):
+        if weights is not None and len(weights) != len(ids):
+            raise UserError(
+                f"pack: document {i} has {len(ids)} tokens but {len(weights)} loss weights"
+            )
+    ids = _end_to_end([ids for ids, _ in documents], np.int32)
+    if all(weights is None for _, weights in documents):
+        return ids, np.ones(len(ids), np.float32), sizes
+    filled = [np.ones(len(d), np.float32) if w is None else w for d, w in documents]
+    return ids, _end_to_end(filled, np.float32), sizes
+
+
+def _end_to_end(parts: Sequence[Any], dtype: Any) -> np.ndarray:
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts).astype(dtype, copy=False)
+    return np.fromiter(chain.from_iterable(parts), dtype)
+
+
+def _split(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of at most ``length`` tokens that overlap by one."""
+    stride = length - 1
+    pieces = np.maximum(1, -(-(sizes - 1) // stride))
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    left = np.repeat(sizes, pieces) - number * stride
+    return np.repeat(starts, pieces) + number * stride, np.minimum(left, length)
+
+
+def _place(sizes: np.ndarray, length: int, window: int) -> tuple[np.ndarray, ...]:
+    """Row, offset and segment of every document: best fit, longest first within each window."""
+    count = len(sizes)
+    row, offset = np.empty(count, np.int64), np.empty(count, np.int64)
+    segment = np.empty(count, np.int32)
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]  # by free space
+    inhabited = 0  # bit f is set when some open row has exactly f free positions
+    documents_in: list[int] = []
+    for begin in range(0, count, window):
+        part = sizes[begin : begin + window]
+        order = np.argsort(-part, kind="stable")
+        for index, size in zip((order + begin).tolist(), part[order].tolist(), strict=True):
+            roomy = inhabited >> size
+            if roomy:
+                free = size + (roomy & -roomy).bit_length() - 1
+                here = open_rows[free].pop()
+                if not open_rows[free]:
+                    inhabited &= ~(1 << free)
+            else:
+                free, here = length, len(documents_in)
+                documents_in.append(0)
+            documents_in[here] += 1
+            row[index], offset[index], segment[index] = here, length - free, documents_in[here]
+            free -= size
+            if free:
+                open_rows[free].append(here)
+                inhabited |= 1 << free
+    return row, offset, segment
+
+
+def _fill_rows(
+    ids: np.ndarray,
+    weights: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    row: np.ndarray,
+    offset: np.ndarray,
+    segment: np.ndarray,
+    length: int,
+) -> Table:
+    shape = (int(row.max()) + 1, length)
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    source = np.repeat(starts, sizes) + within
+    target = np.repeat(row * length + offset, sizes) + within
+    columns = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment", "position")}
+    mask = np.zeros(shape, np.float32)
+    columns["tokens"].reshape(-1)[target] = ids[source]
+    columns["segment"].reshape(-1)[target] = np.repeat(segment, sizes)
+    columns["position"].reshape(-1)[target] = within
+    mask.reshape(-1)[target] = np.where(within == 0, np.float32(0), weights[source])
+    return Table({**columns, "mask": mask})
