@@ -51,7 +51,7 @@ def token_logps(
     if vocab is not None and vocab >= unembed.shape[1]:
         vocab = None
     kept = mask > 0
-    logps = _logps(steps, vocab, hidden, unembed, jnp.where(kept, targets, 0))
+    logps: Any = _logps(steps, vocab, hidden, unembed, jnp.where(kept, targets, 0))
     return jnp.where(kept, logps, 0.0)
 
 
