@@ -66,7 +66,7 @@ def classifier(body: Model, classes: int = 2, feature: str = "last", probe: bool
             logits = logits + jnp.stack([-s / 2, s / 2], axis=-1)
         return Output(logits=logits)
 
-    head_axes: dict[str, Any] = {"kernel": ("embed", None)}
+    head_axes: dict[str, Any] = {"kernel": ("embed", "classes")}
     if feature == "likelihood":
         head_axes["likelihood"] = (None,)
     axes = {"body": body.axes, "head": head_axes}
@@ -106,7 +106,7 @@ def linear(classes: int, width: int, bias: bool = False) -> Model:
         logits = features.astype(jnp.float32) @ params["kernel"]
         return Output(logits=logits + params["bias"][None] if bias else logits)
 
-    axes = {"kernel": ("embed", None)} | ({"bias": (None,)} if bias else {})
+    axes = {"kernel": ("embed", "classes")} | ({"bias": ("classes",)} if bias else {})
     return Model(init, apply, axes, (classes, width, bias), ("features",))
 
 
@@ -134,7 +134,7 @@ def mlp(classes: int, width: int, hidden: int, layers: int = 1) -> Model:
 
     axes = {
         "body": [{"kernel": ("embed", "mlp"), "bias": ("mlp",)}] * layers,
-        "head": {"kernel": ("embed", None)},
+        "head": {"kernel": ("embed", "classes")},
     }
     return Model(init, apply, axes, (classes, width, hidden, layers), ("features",))
 
