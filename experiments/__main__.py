@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def papers(folder: Path) -> list[dict[str, Any]]:
@@ -12,10 +12,10 @@ def papers(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf8"))
-        calls = [node for node in ast.walk(tree) if _is_main(node)]
-        if not calls:
+        call = next((node for node in ast.walk(tree) if _is_main(node)), None)
+        if call is None:
             continue
-        words = {word.arg: word.value for word in calls[0].keywords}
+        words = {word.arg: word.value for word in call.keywords}
         about = (ast.get_docstring(tree) or "").splitlines() or [""]
         minutes = words.get("minutes")
         found.append(
@@ -28,7 +28,7 @@ def papers(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _is_main(node: ast.AST) -> bool:
+def _is_main(node: ast.AST) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "main"
 
 
