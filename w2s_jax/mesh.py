@@ -26,23 +26,23 @@ BATCH_AXES = ("data", "fsdp")
 # Logical name -> mesh axes. Weights and activations have different names: an activation's batch
 # axis takes fsdp, so its width must not, while a weight's width may.
 RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+    # weights
     ("layers", None),
     ("vocab", ("tensor",)),
+    ("position", None),
     ("embed", ("fsdp",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("head_dim", None),
-    ("mlp", ("tensor",)),
-    ("classes", None),
-    ("position", None),
+    ("ffn", ("tensor",)),
     ("norm", None),
-    ("act_batch", BATCH_AXES),
-    ("act_length", None),
+    ("classes", None),
+    # activations
+    ("batch", BATCH_AXES),
+    ("length", None),
     ("act_embed", None),
     ("act_heads", ("tensor",)),
-    ("act_kv_heads", ("tensor",)),
-    ("act_head_dim", None),
-    ("act_mlp", ("tensor",)),
+    ("act_ffn", ("tensor",)),
     ("act_vocab", ("tensor",)),
 )
 
