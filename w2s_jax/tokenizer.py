@@ -117,7 +117,7 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Number of ids: one more than the largest, added tokens included."""
+        """Number of tokens, added tokens included."""
         return self.backend.get_vocab_size()
 
     def token(self, index: int) -> str | None:
@@ -130,7 +130,7 @@ class Tokenizer:
         Raises:
           UserError: the vocabulary lacks a word and has no unknown token to stand for it.
         """
-        return self.encode_batch([text])[0][0]
+        return self.encode_ids([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
         """Per text its ids and, per id, the (start, end) characters it came from."""
@@ -150,13 +150,13 @@ class Tokenizer:
         A vocabulary without an unknown token drops what it cannot encode: there every dropped
         character counts as one unknown token.
         """
-        unknown = total = 0
-        for text, (ids, offsets) in zip(texts, self.encode_batch(texts), strict=True):
-            if self.unk is not None:
-                unknown, total = unknown + ids.count(self.unk), total + len(ids)
-            else:
-                lost = _dropped(text, offsets)
-                unknown, total = unknown + lost, total + len(ids) + lost
+        if self.unk is not None:
+            counts = [(ids.count(self.unk), len(ids)) for ids in self.encode_ids(texts)]
+        else:
+            pairs = zip(texts, self.encode_batch(texts), strict=True)
+            lost = [(_dropped(text, offsets), len(ids)) for text, (ids, offsets) in pairs]
+            counts = [(missing, missing + kept) for missing, kept in lost]
+        unknown, total = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
         return unknown / total if total else 0.0
 
     def covers(self, text: str) -> bool:
