@@ -320,11 +320,13 @@ def _saved(path: Path) -> dict[str, Rows]:
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(path))
+        loaded: Any = datasets.load_from_disk(str(path))
     except Exception as error:  # any damage: the library raises many types
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged saved dataset ({first})") from None
-    return dict(loaded.items()) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    if isinstance(loaded, datasets.DatasetDict):
+        return {str(name): rows for name, rows in loaded.items()}  # type: ignore
+    return {"": loaded}
 
 
 class _Decoded(Sequence):
@@ -354,7 +356,7 @@ def _array_record(path: Path) -> dict[str, Rows]:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder_from_directory(path)
+        builder: Any = tfds.builder_from_directory(str(path))
         return {name: _Decoded(builder.as_data_source(name)) for name in builder.info.splits}
     except Exception as error:  # a missing shard or another file format: many types
         first = (str(error).splitlines() or [type(error).__name__])[0]
