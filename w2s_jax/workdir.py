@@ -132,7 +132,7 @@ def _read(path: Path) -> Any:
         if hashlib.sha256(text.encode()).hexdigest() != stored["sha256"]:
             raise ValueError("checksum")
         return _unpack(stored["value"], {})
-    with np.load(path, allow_pickle=False) as archive:  # the archive checks a CRC per entry
+    with open(path, "rb") as file, np.load(file) as archive:  # checks a CRC per entry
         packed = json.loads(archive[_VALUE].tobytes().decode())
         return _unpack(packed, {k: archive[k] for k in archive.files if k != _VALUE})
 
