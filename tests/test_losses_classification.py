@@ -191,6 +191,13 @@ def test_wrong_shapes_are_said(name):
         LOSSES[name](F, Q[:3])
 
 
+def test_logconf_counts_the_example_at_the_quantile_as_class_0():
+    # p_0 = .1 .3 .6 .8 .9 and share 1/2: the quantile is .6 itself, which hardens to class 0.
+    p0 = np.array([0.1, 0.3, 0.6, 0.8, 0.9])
+    got = logconf(logits_of(np.stack([p0, 1 - p0], 1)), jnp.full((5, 2), 0.5), alpha=1.0)
+    np.testing.assert_allclose(got, -np.log([0.9, 0.7, 0.6, 0.8, 0.9]), rtol=1e-5)
+
+
 def test_logconf_refuses_three_classes():
     with pytest.raises(UserError, match="aux_confidence"):
         logconf(jnp.zeros((2, 3)), jnp.ones((2, 3)) / 3, alpha=0.5)

@@ -97,6 +97,12 @@ def test_masked_tokens_have_no_value_and_exactly_no_gradient(chunk):
     assert all(np.all(np.asarray(g) == 0) for g in grads)
 
 
+def test_the_mask_selects_and_does_not_scale():
+    hidden, unembed, targets, mask, _ = example()
+    whole = token_logps(hidden, unembed, targets, mask)
+    np.testing.assert_array_equal(token_logps(hidden, unembed, targets, 0.5 * mask), whole)
+
+
 def test_padded_vocabulary_rows_have_no_probability_and_no_gradient():
     hidden, unembed, targets, mask, weights = example()
     targets = targets % 8
