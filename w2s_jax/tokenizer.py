@@ -199,7 +199,7 @@ class _SentencePiece:
         import sentencepiece
 
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor()
+        self.processor: Any = sentencepiece.SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(model)
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = False) -> list[_Pieces]:
@@ -250,9 +250,9 @@ class _SentencePiece:
         return index if self.processor.id_to_piece(index) == token else None
 
 
-def _special(backend: Any, names: dict, config: dict) -> dict[str, int | None]:
+def _special(backend: Any, names: dict, config: dict) -> dict[str, Any]:
     """The ids of the four roles: by the folder's names, then its model config, then usual names."""
-    found: dict[str, int | None] = {}
+    found: dict[str, Any] = {}
     for role, usual in USUAL.items():
         name = names.get(f"{role}_token")
         name = name.get("content") if isinstance(name, dict) else name
@@ -285,9 +285,8 @@ def _from_merges(vocab: Path, merges: Path, config: dict) -> Any:
     try:
         words = json.loads(_read(vocab))
         lines = _read(merges).decode().split("\n")
-        rules = [
-            tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
-        ]
+        pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+        rules = [(first, second) for first, second in pairs]
         backend = tokenizers.Tokenizer(models.BPE(words, rules))
     except UserError:
         raise

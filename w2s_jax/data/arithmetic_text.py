@@ -31,8 +31,10 @@ WORDS = _words(
 )
 SKILLS = _words("add sub mul div percent unit sum difference")
 
+LIMIT = 99  # every number of the world is 0..LIMIT
 PROMPT = "q : {}"
 RESPONSE = " a : {}"
+DRILL = "drill"
 
 
 class Step(NamedTuple):
