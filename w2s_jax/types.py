@@ -43,7 +43,7 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """Named columns over N examples; host data. Recipes are pure functions ``Table -> Table``.
 
@@ -176,9 +176,9 @@ class Output:
     cache: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """Two pure functions and the logical names of the weights.
+    """Two pure functions and the logical names of the weights. Equal only to itself (a cache key).
 
     ``init(key) -> Params``; ``apply(params, x, **columns) -> Output`` where ``x`` is the batch
     column ``reads[0]`` and the keywords are those of ``reads[1:]`` that the batch has (see
