@@ -170,6 +170,31 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh | None, size: int) -> dict[st
     )
 
 
+def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
+    """``tree`` whole on every device of the mesh, except leaves already spread over it."""
+    if mesh is None:
+        return tree
+
+    def put(leaf: Any) -> Any:
+        here = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        return leaf if here == mesh else jax.device_put(local(leaf), replicated(mesh))
+
+    return jax.tree.map(put, tree)
+
+
+def local(tree: Tree) -> Tree:
+    """With several processes, arrays of this one as host arrays, which all can place together."""
+    if jax.process_count() == 1:
+        return tree
+
+    def fetch(leaf: Any) -> Any:
+        mine = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+        typed_key = mine and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(leaf) if mine and not typed_key else leaf
+
+    return jax.tree.map(fetch, tree)
+
+
 @contextlib.contextmanager
 def rules_context(mesh: Mesh | None) -> Iterator[None]:
     """Within it, logical constraints on activations mean ``RULES`` on ``mesh`` (None: nothing)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,15 @@ import optax
 
 from w2s_jax import mesh as meshes
 from w2s_jax.errors import UserError
-from w2s_jax.train.log import Log, Progress, real_tokens
+from w2s_jax.train.checkpoint import Store
+from w2s_jax.train.log import Log, Meter, Progress
 from w2s_jax.train.optim import Tune, optimizer
+from w2s_jax.train.watch import Feed, Interrupted, NotFinite, Signals, Watch
 from w2s_jax.types import Array, Batch, Objective, Params, State, Table, Tree
 
+__all__ = ["Interrupted", "NotFinite", "fit", "make_step", "order", "start"]
+
 Step = Callable[[State, Batch, Array], tuple[State, dict[str, Any]]]
-
-
-class NotFinite(UserError):
-    """The loss or a gradient became NaN or infinite; ``step`` and ``rows`` say where."""
-
-    def __init__(self, message: str, step: int, rows: np.ndarray) -> None:
-        super().__init__(message)
-        self.step, self.rows = step, rows
-
-
-class Interrupted(UserError):
-    """SIGTERM or SIGINT arrived: the update in flight was finished and the state saved."""
 
 
 def start(
@@ -195,8 +188,9 @@ def fit(
       memory: what the objective carries from update to update.
       save_every: updates between checkpoints; 0 saves only the end (and an interruption).
       keep: how many checkpoints stay.
-      evaluate: ``state -> {name: number}``, logged at update 0, every ``eval_every`` updates and
-        at the end. It must not keep the arrays: the next update reuses their memory.
+      evaluate: ``state -> {name: number}``, logged before the first update, every ``eval_every``
+        updates (0: never) and at the end. It must not keep the arrays: the next update consumes
+        them.
       track: of ``"tensorboard"``, ``"wandb"``; see ``log.Log``.
       flops: FLOPs per token, forward and backward, for MFU (``models.transformer``).
       config: more of what the result depends on; a resumed run must have the same.
@@ -207,28 +201,63 @@ def fit(
     """
     if not len(table):
         raise UserError("cannot train on an empty table")
-    steps = tune.total(len(table))
+    rows, seed, steps = len(table), _seed(key), tune.total(len(table))
     tx = optimizer(tune, steps, axes)
     with meshes.rules_context(mesh), contextlib.ExitStack() as stack:
         state, where = _begin(params, tx, steps, memory, axes, mesh)
-        frozen, key = _settle(frozen, mesh), _settle(key, mesh)
-        feed = Feed(table, tune.batch, _seed(key), mesh)
-        log = Log(workdir, track)
-        stack.callback(log.close)
-        update = _program(make_step(objective, tx, micro=tune.micro, norms=True), where, mesh)
+        store = resumed = None
+        if workdir is not None:
+            meta = _meta(tune, steps, table, seed, state.params) | dict(config or {})
+            store = stack.enter_context(
+                contextlib.closing(Store(Path(workdir) / "checkpoints", keep, meta))
+            )
+            resumed = store.restore(state)
+        state = state if resumed is None else resumed
         first = int(state.step)
+        log = Log(workdir, track, -1 if resumed is None else first)
         bar = Progress(steps, first, progress)
-        stack.callback(bar.close)
+        stack.enter_context(contextlib.closing(log))
+        stack.enter_context(contextlib.closing(bar))
+        feed = Feed(table, partial(order, seed, rows, tune.batch), tune.batch, mesh)
+        meter = Meter(flops, mesh.devices.flat if mesh else jax.devices()[:1])
+        watch = Watch(steps, feed, log, bar, meter, store, save_every, evaluate, eval_every)
+        frozen, key = meshes.replicate(frozen, mesh), meshes.replicate(key, mesh)
+        update = _program(make_step(objective, tx, micro=tune.micro, norms=True), where, mesh)
+        signals = stack.enter_context(Signals())
+        if not first:
+            watch.look(0, dataclasses.replace(state, frozen=frozen))
         for step in range(first, steps):
             state, metrics = update(state, frozen, feed.take(step), key)
-            host = {k: float(v) for k, v in metrics.items() if k != "norms"}
-            log.write(step + 1, host)
-            bar.update(step + 1, host)
+            if step + 1 < steps:
+                feed.prepare(step + 1)
+            watch.record(step, metrics)
+            stop = signals.reached(step)
+            watch.look(step + 1, dataclasses.replace(state, frozen=frozen))
+            watch.save(step + 1, state, now=bool(stop))
+            if stop and step + 1 < steps:
+                raise watch.interrupted(stop, step + 1)
+        watch.flush()
     return dataclasses.replace(state, frozen=frozen)
 
 
 def _seed(key: Array) -> tuple[int, ...]:
     return tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
+
+
+def _meta(
+    tune: Tune, steps: int, table: Table, seed: tuple[int, ...], params: Params
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that wrote the checkpoint."""
+    shapes = jax.tree_util.tree_leaves_with_path(params)
+    text = "".join(f"{jax.tree_util.keystr(p)}{x.shape}{x.dtype};" for p, x in shapes)
+    return {
+        **dataclasses.asdict(tune),
+        "steps": steps,
+        "rows": len(table),
+        "data": table.digest(),
+        "key": list(seed),
+        "weights": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
 
 
 def _begin(
@@ -248,8 +277,8 @@ def _begin(
     if mesh is None:
         return jax.jit(build)(params, memory), None
     where = _places(jax.eval_shape(build, params, memory), axes, mesh)
-    params = jax.device_put(_local(params), where.params)
-    return jax.jit(build, out_shardings=where)(params, _local(memory)), where
+    params = jax.device_put(meshes.local(params), where.params)
+    return jax.jit(build, out_shardings=where)(params, meshes.local(memory)), where
 
 
 def _places(state: State, axes: Tree, mesh: jax.sharding.Mesh) -> State:
@@ -276,33 +305,6 @@ def _places(state: State, axes: Tree, mesh: jax.sharding.Mesh) -> State:
     return dataclasses.replace(everywhere, params=params, opt=opt)
 
 
-def _settle(tree: Tree, mesh: jax.sharding.Mesh | None) -> Tree:
-    """``tree`` on the mesh: whole on every device, unless it is spread over this mesh already."""
-    if mesh is None:
-        return tree
-
-    def put(leaf: Any) -> Any:
-        here = getattr(getattr(leaf, "sharding", None), "mesh", None)
-        return leaf if here == mesh else jax.device_put(_local(leaf), meshes.replicated(mesh))
-
-    return jax.tree.map(put, tree)
-
-
-def _local(tree: Tree) -> Tree:
-    """Arrays of this process alone as host arrays, which several processes can place together."""
-    if jax.process_count() == 1:
-        return tree
-
-    def fetch(leaf: Any) -> Any:
-        if not getattr(leaf, "is_fully_addressable", True):
-            return leaf
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf
-        return np.asarray(leaf)
-
-    return jax.tree.map(fetch, tree)
-
-
 def _program(step: Step, where: Tree, mesh: jax.sharding.Mesh | None) -> Any:
     """The step as one compiled program that consumes its state but not the frozen weights."""
 
@@ -312,31 +314,3 @@ def _program(step: Step, where: Tree, mesh: jax.sharding.Mesh | None) -> Any:
 
     out = None if mesh is None else (where, meshes.replicated(mesh))
     return jax.jit(update, donate_argnums=0, out_shardings=out)
-
-
-class Feed:
-    """Batches of a run, one placed on the devices ahead of its use."""
-
-    def __init__(
-        self, table: Table, batch: int, seed: tuple[int, ...], mesh: jax.sharding.Mesh | None
-    ) -> None:
-        self.table, self.size, self.seed, self.mesh = table, batch, seed, mesh
-        self.mine = meshes.batch_rows(mesh, batch)
-        self.ready: tuple[int, Batch, int] | None = None
-
-    def rows(self, step: int) -> np.ndarray:
-        """Row indices [batch] of update ``step``."""
-        return order(self.seed, len(self.table), self.size, step)
-
-    def prepare(self, step: int) -> None:
-        """Start moving the batch of ``step`` to the devices."""
-        batch = self.table.batch(self.rows(step)[self.mine])
-        self.ready = (step, meshes.put_batch(batch, self.mesh, self.size), real_tokens(batch))
-
-    def take(self, step: int) -> Batch:
-        """The batch of ``step``, ready or not."""
-        if self.ready is None or self.ready[0] != step:
-            self.prepare(step)
-        _, batch, self.tokens = self.ready
-        self.ready = None
-        return batch
