@@ -101,12 +101,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         names = {f"{r}_token": self.token(i) for r in ROLES if (i := getattr(self, r)) is not None}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **self.config,
-            **names,
-        }
+        fast = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        usual = fast if self._file == "tokenizer.json" else {}
+        config = {**usual, **self.config, **names}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / self._file).write_bytes(self._bytes())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from w2s_jax.data.arithmetic_text import LIMIT, Problem, Step, compute, operands, write
+from w2s_jax.data.arithmetic_text import LIMIT, Problem, Step, compute, follow, operands, write
 from w2s_jax.errors import UserError
 
 
@@ -80,12 +80,10 @@ def _carry(problem: Problem, at: int, bad: Step, end: int) -> tuple[Step, ...] |
     steps[at] = bad
     values = _values(steps, problem)
     for i in range(at + 1, end):
-        left, right = operands(steps[i], values)
-        value = compute(left, steps[i].op, right)
-        if value is None or not 0 <= value <= LIMIT:
+        step = follow(steps[i], values)
+        if step is None:
             return None
-        steps[i] = steps[i]._replace(left=left, right=right, value=value)
-        values[steps[i].name] = value
+        steps[i], values[step.name] = step, step.value
     return tuple(steps)
 
 

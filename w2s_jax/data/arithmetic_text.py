@@ -89,12 +89,29 @@ def write(steps: Sequence[Step], final: int) -> str:
 
 
 def solve(problem: Problem) -> str:
-    """The reference solution, worked out from the numbers that the question states."""
+    """The reference solution, worked out anew from the given number and the relations.
+
+    Raises:
+      UserError: a step has no whole result from 0 to 99 (in a problem made by hand).
+    """
     values = dict([problem.start])
+    steps = []
     for step in problem.steps:
-        left, right = operands(step, values)
-        values[step.name] = compute(left, step.op, right)
-    return write(problem.steps, values[problem.steps[-1].name])
+        done = follow(step, values)
+        if done is None:
+            raise UserError(f"problem {problem.id}: {step.name}'s number is not whole or not 0..99")
+        steps.append(done)
+        values[step.name] = done.value
+    return write(steps, steps[-1].value)
+
+
+def follow(step: Step, values: Mapping[str, int]) -> Step | None:
+    """The step done with the numbers that people own in ``values``, None if it has no result."""
+    left, right = operands(step, values)
+    value = compute(left, step.op, right)
+    if value is None or not 0 <= value <= LIMIT:
+        return None
+    return step._replace(left=left, right=right, value=value)
 
 
 def operands(step: Step, values: Mapping[str, int]) -> tuple[int, int]:
