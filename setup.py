@@ -1,14 +1,17 @@
 """Packaging; tool settings live in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 TORCH = ["torch==2.13.0", "transformers>=5.0", "sentencepiece>=0.2"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX"]
 
 setup(
     name="w2s_jax",
     version="0.1.0",
     description="How far can a strong model learn from weaker teachers? 42 papers in JAX.",
-    long_description=open("README.md", encoding="utf8").read(),
+    long_description=Path("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -25,7 +28,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "scikit-learn>=1.5",
-        "scipy>=1.14",
+        "scipy>=1.15",
         "matplotlib>=3.9",
         "tyro>=1.0",
         "tqdm>=4.66",
@@ -35,8 +38,9 @@ setup(
         "cuda": ["jax[cuda13]"],
         "track": ["wandb", "tensorboardX"],
         "serve": ["openai"],
+        "torch": TORCH,
         "parity": [*TORCH, "trl>=1.16"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX", "ruff>=0.12", "pyright>=1.1.400"],
+        "test": TEST,
+        "dev": [*TEST, "ruff==0.17.6", "pyright[nodejs]==1.1.414"],
     },
 )

@@ -157,6 +157,8 @@ def paired_bootstrap(
     both, then PGR is taken. Draws with ``ceiling - weak <= least`` have no PGR: they are dropped
     and their share reported; above 5 % the gap is the number to report. With fewer than about
     10 seeds the between-seed part is understated: show ``median_interval`` over seeds beside it.
+    Noise of single (seed, item) cells counts up to three times (Owen 2007, the pigeonhole
+    bootstrap): conservative where seeds agree little on which items are hard.
 
     Args:
       weak: [S, N] or [N] scores of the supervisor on each item (1 right, 0 wrong, or real).
