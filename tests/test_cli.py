@@ -15,6 +15,7 @@ import pytest
 
 from w2s_jax import cli
 from w2s_jax.errors import UserError
+from w2s_jax.train.fit import Interrupted
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,15 @@ def test_a_stopped_run_resumes(folder, capsys) -> None:
     with pytest.raises(SystemExit):
         go("--workdir", folder, "--task", "stop")
     assert MADE == [0, 1]  # kept stages were read
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_training_that_caught_a_signal_counts_as_stopped(folder, capsys, monkeypatch, name, code):
+    monkeypatch.setitem(FAULTS, "caught", Interrupted(f"{name}: saved after step 3 of 9"))
+    with pytest.raises(SystemExit) as stop:
+        go("--workdir", folder, "--task", "caught")
+    assert stop.value.code == code
+    assert "Resume with" in capsys.readouterr().err
 
 
 def test_a_changed_config_is_refused_and_harms_nothing(folder, capsys) -> None:

@@ -53,8 +53,8 @@ class Flags:
     """Folder for results; default runs/<experiment>-<preset>, plus a hash if flags differ."""
     mesh: str | None = None
     """Device mesh, for instance "data=2,fsdp=4,tensor=1"; default all devices on data."""
-    track: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
-    """Where training curves go."""
+    track: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ()
+    """Where training curves go besides metrics.jsonl."""
     devices: int | None = None
     """CPU devices to simulate; default one per usable core."""
     distributed: bool = False
@@ -104,11 +104,10 @@ def main(
         with _terminable():
             return _main(experiment, argv)
     except KeyboardInterrupt as stop:
-        words = [word for word in argv if word != "--fresh"]
-        again = shlex.join([*experiment.command.split(), *words])
-        print(f"\nstopped; what is done is kept. Resume with: {again}", file=sys.stderr)
-        raise SystemExit(143 if "SIGTERM" in stop.args else 130) from None
+        _stopped(experiment, argv, "SIGTERM" in stop.args)
     except Exception as error:
+        if _interrupted(error):
+            _stopped(experiment, argv, "SIGTERM" in str(error))
         line = explain(error)
         if line is None:
             raise
@@ -142,6 +141,19 @@ def explain(error: BaseException) -> str | None:
     return explain(error.__cause__) if error.__cause__ else None
 
 
+def _interrupted(error: Exception) -> bool:
+    from w2s_jax.train.fit import Interrupted
+
+    return isinstance(error, Interrupted)  # training caught the signal and saved its state
+
+
+def _stopped(experiment: Experiment, argv: list[str], terminated: bool) -> NoReturn:
+    words = [word for word in argv if word != "--fresh"]
+    again = shlex.join([*experiment.command.split(), *words])
+    print(f"\nstopped; what is done is kept. Resume with: {again}", file=sys.stderr)
+    raise SystemExit(143 if terminated else 130)
+
+
 def _main(experiment: Experiment, argv: list[str]) -> dict[str, Any]:
     cfg, flags, base = _parse(experiment, argv)
     _check(cfg, flags)
@@ -173,7 +185,7 @@ def _surroundings(folder: Path, flags: Flags) -> Context:
     return Context(
         workdir=folder,
         mesh=flags.mesh,
-        track=flags.track,
+        track=tuple(name for name in flags.track if name != "jsonl"),
         progress=sys.stdout.isatty() and not flags.quiet and first,
         quiet=flags.quiet or not first,
         writes=first,

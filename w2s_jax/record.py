@@ -40,13 +40,14 @@ class Context:
     """What a run may know of its surroundings.
 
     ``workdir`` is the folder of the run; ``mesh`` the specification for ``mesh.make_mesh`` or
-    None; ``track`` names the sinks of training curves; ``progress`` says whether a person watches
-    a terminal; ``writes`` is False on the processes of a multi-host job that leave files alone.
+    None; ``track`` names sinks of training curves beside metrics.jsonl; ``progress`` says whether
+    a person watches a terminal; ``writes`` is False on the processes of a multi-host job that
+    leave files alone.
     """
 
     workdir: Path
     mesh: str | None = None
-    track: tuple[str, ...] = ("jsonl",)
+    track: tuple[str, ...] = ()
     progress: bool = False
     quiet: bool = False
     writes: bool = True
