@@ -220,6 +220,8 @@ def _drawn(task: Task, side: Side, seed: int, place: str) -> Iterator[_Found]:
     """Rendered rows of one side in a shuffled order, duplicates included."""
     parts, share = side
     ends = np.cumsum([len(part) for part in parts])
+    if not ends[-1]:
+        raise UserError(f"{place}: no rows")
     for number in np.random.default_rng(seed).permutation(int(ends[-1])).tolist():
         part = int(np.searchsorted(ends, number, side="right"))
         at = number - (int(ends[part - 1]) if part else 0)
