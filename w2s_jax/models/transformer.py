@@ -7,13 +7,14 @@ The layout is the same whether the layers are scanned or unrolled.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.errors import UserError
@@ -25,8 +26,6 @@ REMAT: dict[str, Any] = {
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     "outputs": _POLICIES.save_only_these_names("attention", "ffn"),
 }
-# Below this vocabulary a one-hot product beats a scatter-add in the embedding's backward pass.
-ONE_HOT_VOCAB = 1024
 _HIDDEN_SCORE = -1e30
 
 
@@ -222,6 +221,19 @@ def _param(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], *axe
     return value  # pyright: ignore[reportReturnType]
 
 
+def _constrain(x: Array, *names: str | None) -> Array:
+    """The logical constraint on an activation, left out where the mesh does not divide an axis."""
+    rules: dict[Any, Any] = dict(spmd.get_logical_axis_rules())
+    if not rules:
+        return x
+    mesh = jax.sharding.get_abstract_mesh().shape
+    fits = [
+        None if size % math.prod(mesh.get(axis, 1) for axis in rules.get(name) or ()) else name
+        for name, size in zip(names, x.shape, strict=True)
+    ]
+    return spmd.with_logical_constraint(x, tuple(fits))  # pyright: ignore[reportReturnType]
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm."""
 
@@ -238,7 +250,7 @@ class Decoder(nn.Module):
             "vocab",
             "embed",
         )
-        x = _lookup(embed, tokens).astype(dtype)
+        x = embed[tokens].astype(dtype)
         position, mask, cache = _plan(tokens, segment, position, cache)
         if not config.rope:
             table = _param(
@@ -251,7 +263,7 @@ class Decoder(nn.Module):
             )
             x = x + table.astype(dtype)[position]
         rope = _rope(config, position) if config.rope else None
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = _constrain(x, "batch", "length", "act_embed")
         x, layers = self._layers(x, rope, mask, cache)
         x = _norm(self, x, "final_norm")
         if config.tie:
@@ -274,7 +286,7 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=config.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -340,10 +352,10 @@ class Block(nn.Module):
         y = _norm(self, x, "attention_norm") if pre else x
         y, pair = self._attention(y, rope, mask, pair)
         x = x + (y if pre else _norm(self, y, "attention_norm"))
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = _constrain(x, "batch", "length", "act_embed")
         y = self._ffn(_norm(self, x, "ffn_norm") if pre else x)
         x = x + (y if pre else _norm(self, y, "ffn_norm"))
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), pair
+        return _constrain(x, "batch", "length", "act_embed"), pair
 
     @nn.nowrap
     def _attention(self, x, rope, mask, pair):
@@ -357,13 +369,11 @@ class Block(nn.Module):
             q, k = _norm(self, q, "q_norm", "heads"), _norm(self, k, "k_norm", "kv_heads")
         q, k, v = (y.reshape(batch, length, -1, h) for y in (q, k, v))
         if config.qk_norm == "head":
-            q, k = _norm(self, q, "q_norm", "head"), _norm(self, k, "k_norm", "head")
+            q, k = _norm(self, q, "q_norm", "head_dim"), _norm(self, k, "k_norm", "head_dim")
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
-        q = nn.with_logical_constraint(q, ("batch", "length", "act_heads", None))
-        k, v = (
-            nn.with_logical_constraint(y, ("batch", "length", "act_heads", None)) for y in (k, v)
-        )
+        q = _constrain(q, "batch", "length", "act_heads", None)
+        k, v = (_constrain(y, "batch", "length", "act_heads", None) for y in (k, v))
         if pair is None:
             y = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         else:
@@ -386,7 +396,7 @@ class Block(nn.Module):
             y = nn.silu(_linear(self, x, "gate", config.ffn, "embed", "ffn")) * y
         else:
             y = nn.gelu(y, approximate=True)
-        y = nn.with_logical_constraint(y, ("batch", "length", "act_ffn"))
+        y = _constrain(y, "batch", "length", "act_ffn")
         depth = (2 * config.layers) ** -0.5
         y = _linear(self, y, "down", config.width, "ffn", "embed", biased, depth)
         return checkpoint_name(y, "ffn")
@@ -398,20 +408,29 @@ def attend(q: Array, keys: Array, values: Array, mask: Array) -> Array:
     Scores and softmax are float32. A row that sees nothing averages what is there.
     """
     batch, length, heads, h = q.shape
-    group = heads // keys.shape[1]
-    q = (q * h**-0.5).reshape(batch, length, keys.shape[1], group, h)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, _HIDDEN_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, values)
-    return out.reshape(batch, length, heads, h)
+    groups = keys.shape[1]
+    # Query heads of a group ride on the time axis: a plain batched product is 6x faster on CPU
+    # than one with a group axis of its own.
+    q = (q * h**-0.5).swapaxes(1, 2).reshape(batch, groups, -1, h)
+    scores = jnp.einsum("bktd,bksd->bkts", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None], scores.reshape(batch, heads, length, -1), _HIDDEN_SCORE)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(values.dtype).reshape(batch, groups, -1, keys.shape[2])
+    out = jnp.einsum("bkts,bksd->bktd", weights, values, preferred_element_type=jnp.float32)
+    # Divided after mixing: h numbers per query instead of S
+    out = (out.reshape(batch, heads, length, h) / total).astype(q.dtype)
+    return out.swapaxes(1, 2)
 
 
 def _linear(module, x, name, size, source, target, biased=False, scale=1.0):
     """``x @ W`` (+ bias) with ``W`` [in, out], initialised to normal(scale / sqrt(in))."""
     width = x.shape[-1]
     init = nn.initializers.normal(scale * width**-0.5)
-    y = x @ _param(module, name, init, (width, size), source, target).astype(x.dtype)
+    weight = _param(module, name, init, (width, size), source, target).astype(x.dtype)
+    # Rows flattened: the weight gradient is then one product without a transposed copy (CPU: 1.2x)
+    y = (x.reshape(-1, width) @ weight).reshape(*x.shape[:-1], size)
     if biased:
         bias = _param(module, f"{name}_bias", nn.initializers.zeros, (size,), target)
         y = y + _like(bias, y)
@@ -459,24 +478,3 @@ def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=())
-def _lookup(embed: Array, tokens: Array) -> Array:
-    """Rows of ``embed`` [V,D] at ``tokens`` [B,T]."""
-    return embed[tokens]
-
-
-def _lookup_forward(embed, tokens):
-    return embed[tokens], (tokens, embed)
-
-
-def _lookup_backward(saved, grad):
-    tokens, embed = saved
-    if embed.shape[0] <= ONE_HOT_VOCAB:
-        hot = jax.nn.one_hot(tokens, embed.shape[0], dtype=grad.dtype)
-        return jnp.einsum("btv,btd->vd", hot, grad).astype(embed.dtype), None
-    return jnp.zeros_like(embed).at[tokens].add(grad.astype(embed.dtype)), None
-
-
-_lookup.defvjp(_lookup_forward, _lookup_backward)
