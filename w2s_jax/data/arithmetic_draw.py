@@ -105,7 +105,7 @@ def make(rand: Callable[[], float], steps: int, name: str, world: World) -> Prob
     facts = [people[0], *(step.name for step in done)]
     texts = dict(zip(facts, sentences, strict=True))
     for _ in range(world.distractors):
-        if rand() < world.distractor and (extra := _relation(rand, values, people, item, world)):
+        if rand() < world.distractor and (extra := _fitting(rand, values, people, item, world)):
             step, sentence, _ = extra
             earliest = 1 + max(facts.index(parent) for parent in step.parents)
             facts.insert(earliest + int(rand() * (len(facts) - earliest + 1)), step.name)
@@ -124,10 +124,8 @@ def _graph(
     values, done, sentences = [start], [], [f"{people[0]} has {start} {item} ."]
     loose = [0]
     for i in range(1, steps + 1):
-        for _ in range(20):
-            if made := _relation(rand, values, people, item, world, loose):
-                break
-        else:
+        made = _fitting(rand, values, people, item, world, loose)
+        if made is None:
             return None
         step, sentence, parents = made
         loose = [node for node in loose if node not in parents] + [i]
@@ -137,6 +135,11 @@ def _graph(
         done.append(step)
         sentences.append(sentence)
     return values, done, sentences
+
+
+def _fitting(rand: Callable[[], float], *place) -> tuple[Step, str, tuple[int, ...]] | None:
+    """The first of twenty draws of `_relation` whose result is in range, else None."""
+    return next((made for _ in range(20) if (made := _relation(rand, *place))), None)
 
 
 def _relation(

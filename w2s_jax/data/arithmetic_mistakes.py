@@ -103,6 +103,7 @@ def _spoil(problem: Problem, at: int, kind: str, rand: Callable[[], float]) -> S
         op = "+-*/"[int(rand() * 4)]
     else:
         numbers = [problem.start[1], *(s.value for s in problem.steps[:at]), right - 1, right + 1]
+        numbers = [number for number in numbers if 0 <= number <= LIMIT]
         number = numbers[int(rand() * len(numbers))]
         left, right = (number, right) if rand() < 0.5 else (left, number)
     value = compute(left, op, right)
