@@ -234,7 +234,7 @@ def fit(
             stop = signals.reached(step)
             watch.look(step + 1, dataclasses.replace(state, frozen=frozen))
             watch.save(step + 1, state, now=bool(stop))
-            if stop and step + 1 < steps:
+            if stop:
                 raise watch.interrupted(stop, step + 1)
         watch.flush()
     return dataclasses.replace(state, frozen=frozen)
