@@ -1,0 +1,231 @@
+"""S runs in one program are the S runs that ``fit`` makes, whatever the mode or the devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from w2s_jax.errors import UserError
+from w2s_jax.losses.classification import aux_confidence, ramp, soft_xent
+from w2s_jax.models.heads import linear, mlp
+from w2s_jax.objectives import classify
+from w2s_jax.train import population as module
+from w2s_jax.train.fit import NotFinite, fit
+from w2s_jax.train.optim import Tune
+from w2s_jax.train.population import one_of, population
+from w2s_jax.types import Aux, Table, forward
+
+WIDTH, CLASSES, ROWS = 6, 3, 40
+TUNE = Tune(lr=0.05, batch=8, epochs=2, optimizer="adam", schedule="cosine", warmup=0.1)
+MODEL = mlp(CLASSES, WIDTH, 5)
+NAIVE = classify(MODEL, soft_xent)
+SEEDS = [3, 1, 4, 1, 5]
+
+
+def table(seed: int = 0, rows: int = ROWS) -> Table:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(rows, WIDTH)).astype(np.float32)
+    truth = (features @ rng.normal(size=(WIDTH, CLASSES))).argmax(1)
+    label = np.eye(CLASSES, dtype=np.float32)[truth]
+    return Table({"features": features, "label": label, "truth": truth.astype(np.int32)})
+
+
+def same(got, want, rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, 1e-6), got, want)
+
+
+def separate(objective, params, tables, tune=TUNE, seeds=SEEDS):
+    """The parameters [S, ...] of one fit per run."""
+    states = [
+        fit(objective, params, one, tune, jax.random.key(seed), progress=False).params
+        for one, seed in zip(tables, seeds, strict=True)
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(7))
+
+
+@pytest.mark.parametrize("mode", ["map", "batched", "vmap", "serial"])
+def test_runs_equal_separate_fits(mode, params):
+    tables = [table(0), table(0), table(1), table(0), table(2)]
+    got = population(NAIVE, params, tables, TUNE, SEEDS, mode=mode)
+    want = separate(NAIVE, params, tables)
+    same(got.params, want)
+    same(got.run(2)[0], jax.tree.map(lambda leaf: leaf[2], want))
+    assert len(got) == 5 and got.failed == ()
+    assert not np.allclose(want["head"]["kernel"][0], want["head"]["kernel"][1], atol=1e-3)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("runs", [1, 3, 11])
+def test_any_number_of_devices_gives_the_same_runs(devices, runs, params):
+    seeds = list(range(runs))
+    call = partial(population, NAIVE, params, table(), TUNE, seeds)
+    one = call(devices=jax.devices()[:1], mode="map")
+    many = call(devices=jax.devices()[:devices], mode="batched", runs_at_once=2)
+    same((many.params, many.metrics), (one.params, one.metrics))
+    assert many.metrics["loss"].shape == (runs, 10)
+
+
+def test_one_program_is_compiled_and_it_has_no_collectives(params):
+    module._program.cache_clear()
+    call = partial(population, NAIVE, params)
+    call([table(0)] * 4, TUNE, range(4))
+    call([table(5)] * 4, TUNE, range(4, 8))
+    assert module._program.cache_info().misses == 1
+    plan = captured_plan(lambda: call([table(0)] * 4, TUNE, range(4)))
+    program, _ = module._program(plan)
+    assert program._cache_size() == 1
+
+
+def captured_plan(call):
+    """The plan that ``call`` launches."""
+    plans = []
+    launch = module._launch
+
+    def spy(plan, *rest):
+        plans.append(plan)
+        return launch(plan, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_launch", spy)
+        call()
+    return plans[0]
+
+
+def test_learning_rates_of_one_program_equal_separate_ones(params):
+    rates = [0.01, 0.1, 0.03]
+    got = population(NAIVE, params, table(), TUNE, [0, 0, 2], hyper={"lr": rates})
+    for i, (seed, lr) in enumerate(zip([0, 0, 2], rates, strict=True)):
+        tune = Tune(**{**vars(TUNE), "lr": lr})
+        want = separate(NAIVE, params, [table()], tune, [seed])
+        same(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], got.params), want, 1e-4)
+
+
+def test_losses_and_their_schedules_are_one_program(params):
+    losses = [soft_xent, partial(aux_confidence, alpha=ramp(0, 0.75, over=0.5))]
+
+    def objective(row):
+        return classify(MODEL, one_of(losses, row["loss"]))
+
+    got = population(objective, params, table(), TUNE, [2, 2], hyper={"loss": [0, 1]})
+    for i, loss in enumerate(losses):
+        want = separate(classify(MODEL, loss), params, [table()], seeds=[2])
+        same(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], got.params), want)
+
+
+@pytest.mark.parametrize("mode", ["map", "serial"])
+def test_runs_on_some_rows_are_runs_on_the_table_of_those_rows(mode, params):
+    rows = np.array([np.random.default_rng(i).permutation(ROWS)[:16] for i in range(3)])
+    got = population(NAIVE, params, table(), TUNE, [0, 1, 2], rows=rows, mode=mode)
+    want = separate(NAIVE, params, [table().take(r) for r in rows], seeds=[0, 1, 2])
+    same(got.params, want)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "serial"])
+def test_curve_points_are_the_parameters_of_those_updates(mode, params):
+    probe = {"probe": lambda p: p["head"], "points": 3, "first": True}
+    got = population(NAIVE, params, table(), TUNE, [0, 1], mode=mode, **probe)
+    assert got.steps.tolist() == [0, 3, 7, 10]
+    assert got.curve["kernel"].shape == (2, 4, 5, CLASSES)
+    same(got.curve["kernel"][:, 0], np.zeros((2, 5, CLASSES)))
+    same(got.curve["kernel"][:, -1], got.params["head"]["kernel"])
+    # an optimizer whose rate does not depend on the number of updates still to come
+    flat = Tune(lr=0.05, batch=8, steps=10)
+    short = Tune(lr=0.05, batch=8, steps=3)
+    got = population(NAIVE, params, table(), flat, [0, 1], mode=mode, **probe)
+    want = separate(NAIVE, params, [table()] * 2, short, [0, 1])
+    same(got.curve["kernel"][:, 1], want["head"]["kernel"])
+
+
+def test_a_probe_reads_its_data(params):
+    data = {"features": table(9).columns["features"]}
+    probe = lambda p, data: forward(MODEL, p, data).logits  # noqa: E731
+    got = population(NAIVE, params, table(), TUNE, [0, 1], probe=probe, data=data, points=1)
+    want = forward(MODEL, jax.tree.map(lambda leaf: leaf[1], got.params), data).logits
+    same(got.curve[1, 0], want)
+
+
+def test_each_run_may_have_its_own_start():
+    keys = jax.vmap(jax.random.key)(jnp.array(SEEDS))
+    got = population(NAIVE, MODEL.init, table(), TUNE, SEEDS)
+    stacked = population(NAIVE, jax.vmap(MODEL.init)(keys), table(), TUNE, SEEDS, stacked=True)
+    same(got.params, stacked.params)
+    want = separate(NAIVE, MODEL.init(jax.random.key(SEEDS[2])), [table()], seeds=SEEDS[2:3])
+    same(jax.tree.map(lambda leaf: leaf[2:3], got.params), want)
+
+
+def test_shared_columns_are_stored_once():
+    base = table()
+    other = base.with_columns(label=base["label"][::-1].copy())
+    equal = base.with_columns(features=base["features"].copy())
+    shared, each = module.arguments([base, other, equal], np.arange(ROWS)[None], [0, 1, 1], 8, 2)
+    assert shared["pools"]["features"].shape == (1, ROWS, WIDTH)
+    assert shared["pools"]["label"].shape == (2, ROWS, CLASSES)
+    assert each["pools"]["label"].tolist() == [0, 1, 0]
+    assert shared["order"].shape == (2, 2, 8) and each["order"].tolist() == [0, 1, 1]
+    assert "truth" not in shared["pools"]
+
+
+@pytest.mark.parametrize("mode", ["vmap", "map", "serial"])
+def test_a_run_that_breaks_is_named_and_hurts_no_other(mode, params):
+    broken = table().with_columns(features=np.full((ROWS, WIDTH), np.nan, np.float32))
+    tables = [table(), broken, table()]
+    probe = {"probe": lambda p: p["head"]["kernel"], "points": 2}
+    got = population(NAIVE, params, tables, TUNE, [0, 1, 2], mode=mode, **probe)
+    assert got.failed == (1,)
+    assert np.isnan(got.params["head"]["kernel"][1]).all() and np.isnan(got.curve[1, -1]).all()
+    want = separate(NAIVE, params, [table()] * 2, seeds=[0, 2])
+    same(jax.tree.map(lambda leaf: leaf[[0, 2]], got.params), want)
+    with pytest.raises(NotFinite):
+        separate(NAIVE, params, [broken], seeds=[1])
+
+
+def test_frozen_weights_memory_keys_and_micro_batches_reach_the_objective():
+    def objective(params, state, batch, key):
+        noise = jax.random.normal(key) * state.frozen["scale"]
+        memory = state.memory + 1
+        value = (params["w"] * (batch["features"].sum(1) + noise + memory)).sum()
+        return value, jnp.float32(len(batch["features"])), Aux({}, memory)
+
+    start, frozen, memory = {"w": jnp.ones(())}, {"scale": jnp.float32(0.5)}, jnp.float32(0)
+    tune = Tune(lr=0.1, batch=8, steps=4, micro=2, optimizer="sgd", clip=0)
+    shared = {"frozen": frozen, "memory": memory}
+    got = population(objective, start, table(), tune, [4, 9], **shared)
+    for i, seed in enumerate([4, 9]):
+        key = jax.random.key(seed)
+        want = fit(objective, start, table(), tune, key, progress=False, **shared).params
+        same(got.params["w"][i], want["w"])
+
+
+def test_probes_of_a_nearly_free_model_beat_their_prior():
+    model = linear(CLASSES, WIDTH)
+    objective = classify(model, soft_xent)
+    tune = Tune(lr=0.1, batch=8, epochs=10)
+    got = population(objective, model.init(jax.random.key(0)), table(), tune, range(20))
+    assert (got.metrics["agreement"][:, -5:].mean(1) > 0.8).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mode": "fast"}, "fast"),
+        ({"hyper": {"lr": [0.1]}}, "hyper lr"),
+        ({"rows": np.zeros((3, 4), int)}, "rows"),
+        ({"points": 2}, "probe"),
+        ({"probe": lambda p: p, "points": 99}, "points"),
+        ({"stacked": True}, "params"),
+        ({"mode": "serial", "hyper": {"lr": [0.1, 0.2]}}, "serial"),
+        ({"tables": [table(0), table(0, 20)]}, "length"),
+        ({"tables": [table(0)]}, "tables"),
+    ],
+)
+def test_bad_calls_are_refused(change, words, params):
+    call = {"tables": table(), **change}
+    with pytest.raises(UserError, match=words):
+        population(NAIVE, params, call.pop("tables"), TUNE, [0, 1], **call)
