@@ -98,6 +98,8 @@ class Stored:
 
     def __init__(self, rows: Any, name: str, source: Any, kind: str | None = None):
         self.rows, self.name, self.source, self.kind = rows, name, source, kind
+        if hasattr(rows, "select_columns"):
+            self.rows = rows.select_columns([name]).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,8 +108,9 @@ class Stored:
         if isinstance(index, int | np.integer):
             return self[np.asarray([index])][0]
         where = np.arange(len(self))[index]
-        values = _from_arrow(self.rows, self.name, where)
-        if values is None:
+        if hasattr(self.rows, "select_columns"):
+            values = _from_arrow(self.rows[where][self.name], self._place, where)
+        else:
             values = _as_array([self.rows[int(i)][self.name] for i in where], self._place, where)
         if values.dtype.kind == "f" and np.isnan(values).any():
             bad = int(where[np.argwhere(np.isnan(values))[0, 0]])
@@ -152,6 +155,8 @@ def _gather(rows: Any, name: str, source: Any) -> np.ndarray:
 def _as_array(values: list[Any], place: str, where: np.ndarray | None) -> np.ndarray:
     """Python values to numpy by one rule for all sources; numbers must not be mixed with text."""
     kinds = {type(value) for value in values}
+    if not kinds:
+        return np.empty(0, object)
     if kinds <= {bool} or kinds <= {int} or kinds <= {int, float}:
         dtype = {bool: bool, int: np.int64}.get(next(iter(kinds)), np.float64)
         return np.asarray(values, dtype if len(kinds) == 1 else np.float64)
@@ -184,28 +189,23 @@ def _objects(values: list[Any]) -> np.ndarray:
     return column
 
 
-def _from_arrow(rows: Any, name: str, where: np.ndarray) -> np.ndarray | None:
-    """Numbers and equal-length lists of numbers straight from Arrow; None for anything else."""
-    if not hasattr(rows, "select_columns"):
-        return None
+def _from_arrow(column: Any, place: str, where: np.ndarray) -> np.ndarray:
+    """An Arrow column to numpy; numbers and equal-length lists of numbers without a detour."""
     import pyarrow as pa
     import pyarrow.types as kind
 
-    column = rows.select_columns([name]).with_format("arrow")[where][name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    if column.null_count:
-        return None
-    if kind.is_integer(column.type) or kind.is_floating(column.type):
+    def plain(values: Any) -> bool:
+        number = kind.is_integer(values.type) or kind.is_floating(values.type)
+        return number and not values.null_count
+
+    column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if plain(column):
         return column.to_numpy(zero_copy_only=False)
-    if not (kind.is_list(column.type) or kind.is_large_list(column.type)) or not len(column):
-        return None
-    inner, sizes = column.flatten(), np.diff(column.offsets.to_numpy())
-    if inner.null_count or len(set(sizes.tolist())) != 1:
-        return None
-    if not (kind.is_integer(inner.type) or kind.is_floating(inner.type)):
-        return None
-    return inner.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    if kind.is_list(column.type) and len(column) and not column.null_count:
+        inner, sizes = column.flatten(), np.diff(column.offsets.to_numpy())
+        if plain(inner) and sizes.min() == sizes.max() > 0:
+            return inner.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return _as_array(column.to_pylist(), place, where)
 
 
 # Files
@@ -339,7 +339,11 @@ class _Decoded(Sequence):
         return len(self.source)
 
     def __getitem__(self, index: Any) -> Any:
-        return {name: _python(value) for name, value in self.source[int(index)].items()}
+        try:
+            row = self.source[int(index)]
+        except Exception as error:  # the reader raises RuntimeError, ValueError, ...
+            raise UserError(f"row {index} cannot be read as ArrayRecord ({error})") from None
+        return {name: _python(value) for name, value in row.items()}
 
 
 def _python(value: Any) -> Any:
@@ -357,6 +361,9 @@ def _array_record(path: Path) -> dict[str, Rows]:
 
     try:
         builder: Any = tfds.builder_from_directory(str(path))
+        shards = [f for split in builder.info.splits.values() for f in split.filepaths]
+        if gone := [shard.name for shard in map(Path, shards) if not shard.exists()]:
+            raise FileNotFoundError(f"no shard {gone[0]}")
         return {name: _Decoded(builder.as_data_source(name)) for name in builder.info.splits}
     except Exception as error:  # a missing shard or another file format: many types
         first = (str(error).splitlines() or [type(error).__name__])[0]
