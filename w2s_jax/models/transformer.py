@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import spmd as core_spmd
 from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
@@ -223,7 +224,7 @@ def _param(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], *axe
 
 def _constrain(x: Array, *names: str | None) -> Array:
     """The logical constraint on an activation, left out where the mesh does not divide an axis."""
-    rules: dict[Any, Any] = dict(spmd.get_logical_axis_rules())
+    rules: dict[Any, Any] = dict(core_spmd.get_logical_axis_rules())
     if not rules:
         return x
     mesh = jax.sharding.get_abstract_mesh().shape
@@ -250,6 +251,7 @@ class Decoder(nn.Module):
             "vocab",
             "embed",
         )
+        embed = _constrain(embed, "vocab", "act_embed")  # gather whole rows, sharded by vocabulary
         x = embed[tokens].astype(dtype)
         position, mask, cache = _plan(tokens, segment, position, cache)
         if not config.rope:
