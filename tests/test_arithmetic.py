@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from w2s_jax.data import arithmetic
-from w2s_jax.data.arithmetic_text import PROMPT, RESPONSE, SKILLS, Problem, Step, write
+from w2s_jax.data.arithmetic_text import NAMES, PROMPT, RESPONSE, SKILLS, Problem, Step, write
 from w2s_jax.errors import UserError
 
 LIZ = Step("liz", 10, "*", 2, 20, "mul", ("amy",))
@@ -150,6 +150,14 @@ def test_steps_weights_and_dials():
     assert all(len(p.facts) == len(p.steps) + 1 for p in none)
 
 
+def test_facts_in_order_speak_of_people_already_named():
+    for problem in arithmetic.draw(5, 200, distractor=1.0, distractors=2):
+        named = set()
+        for name, fact in problem.facts.items():
+            assert set(fact.split()) & (set(NAMES) - {name}) <= named
+            named.add(name)
+
+
 def test_shuffled_facts_change_the_question_only():
     plain = arithmetic.draw(5, 100, steps=(4,), distractor=0.0)
     mixed = arithmetic.draw(5, 100, steps=(4,), distractor=0.0, shuffled=1.0)
@@ -247,6 +255,7 @@ def test_verifier_against_a_reference_text():
         "#### -",
         "####" + "9" * 5000,
         "liz : " + "1" * 5000 + " * 2 = 20 .",
+        "liz : 10 * 2 = " + "2" * 5000,
         "liz : 10 / 0 = 20 . #### x",
         "liz : 10 * 2 =",
         "\x00\ud800 ١ : ٢ + ٣ = ٥ #### ٥",
