@@ -212,6 +212,11 @@ def test_a_refused_run_leaves_no_folder(folder, capsys) -> None:
         "error: unknown task 'unknown'\n"
     )
     assert not folder.exists()
+    (folder / "numbers-0123456789abcdef").mkdir(parents=True)
+    (folder / "numbers-0123456789abcdef" / "artefact.json").write_text("earlier")
+    before = contents(folder)
+    refused(capsys, "--workdir", folder, "--task", "unknown")
+    assert contents(folder) == before
     go("--workdir", folder)  # the corrected command is not a "changed config"
 
 

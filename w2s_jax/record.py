@@ -79,6 +79,7 @@ def execute(job: Job, ctx: Context, *, fresh: bool = False) -> dict[str, Any]:
     import jax
     from jax.experimental import multihost_utils
 
+    before = _names(ctx.workdir) if ctx.writes else None
     if ctx.writes:
         _open(job, ctx, fresh)
     if jax.process_count() > 1:
@@ -91,7 +92,7 @@ def execute(job: Job, ctx: Context, *, fresh: bool = False) -> dict[str, Any]:
         rows, minutes = _rows(job, ctx)
     except UserError:
         if ctx.writes:
-            _close_unused(ctx.workdir)
+            _withdraw(ctx.workdir, before)
         raise
     return _finish(job, ctx, rows, minutes)
 
@@ -110,14 +111,19 @@ def _open(job: Job, ctx: Context, fresh: bool) -> None:
         raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
 
 
-def _close_unused(folder: Path) -> None:
-    """Leave nothing behind where a run ended before it made anything."""
+def _names(folder: Path) -> set[str] | None:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else None
+
+
+def _withdraw(folder: Path, before: set[str] | None) -> None:
+    """Undo ``_open`` where the run ended before it made anything (None: there was no folder)."""
     part = folder / "results.part.jsonl"
     if part.exists() and not part.stat().st_size:
         part.unlink()
-    if not files.started(folder):
-        (folder / "config.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a folder with other things in it stays
+    new = (_names(folder) or set()) - (before or set())
+    if new == {"config.json"}:
+        (folder / "config.json").unlink()
+        if before is None:
             folder.rmdir()
 
 
