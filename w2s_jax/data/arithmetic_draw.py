@@ -78,6 +78,7 @@ class Source:
     rng: Random = field(default_factory=Random)
 
     def new(self, index: int, counts: Sequence[int], chances: Sequence[float]) -> Problem:
+        """Problem ``index`` with a number of steps from ``counts``; UserError if none is new."""
         for attempt in range(ATTEMPTS):
             rand = stream(self.rng, self.seed, self.stream, index, attempt)
             steps = pick(rand, counts, chances)
@@ -90,6 +91,7 @@ class Source:
 
 
 def make(rand: Callable[[], float], steps: int, name: str, world: World) -> Problem:
+    """One problem called ``name``; UserError if no graph of so many steps fits the dials."""
     people = shuffled(rand, list(NAMES), 1 + steps + world.distractors)
     item = ITEMS[int(rand() * len(ITEMS))]
     for _ in range(10_000):
@@ -210,6 +212,7 @@ def shuffled(rand: Callable[[], float], things: list, first: int | None = None) 
 
 
 def pick(rand: Callable[[], float], things: Sequence[int], chances: Sequence[float]) -> int:
+    """One of the things, by the running sum of their chances."""
     at = rand()
     return next((t for t, c in zip(things, chances, strict=True) if at < c), things[-1])
 

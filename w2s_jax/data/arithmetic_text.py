@@ -70,6 +70,7 @@ class Problem:
 
     @property
     def question(self) -> str:
+        """The facts in their order, then what is asked."""
         facts = " ".join(self.facts.values())
         return f"{facts} how many {self.item} does {self.steps[-1].name} have ?"
 
@@ -80,6 +81,7 @@ class Problem:
 
     @property
     def final(self) -> int:
+        """The number asked for."""
         return self.steps[-1].value
 
 
