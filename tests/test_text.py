@@ -225,3 +225,14 @@ def test_tokenizer_is_only_asked_for_what_it_promises():
     out = tokenise(table(("x", "y")), fake, length=4, eos=True)
     assert out["tokens"].tolist() == [[1, 2, 7, 0]]
     assert out["mask"].tolist() == [[0, 1, 1, 0]]
+
+
+def test_a_trimmed_space_of_the_prompt_stays_prompt():
+    """Some byte-level tokenizers trim a space out of its token's offsets: (2, 2) is "x "'s own."""
+    fake = SimpleNamespace(
+        bos=None,
+        eos=None,
+        unknown_share=lambda texts: 0.0,
+        encode_batch=lambda texts: [([1, 2, 3], [(0, 1), (2, 2), (2, 3)]) for _ in texts],
+    )
+    assert tokenise(table(("x ", "y")), fake, length=4)["mask"].tolist() == [[0, 0, 1, 0]]
