@@ -114,6 +114,7 @@ def asked(
 
 
 def boolq(row: Row, rng: random.Random) -> Example:
+    """Label 1: the answer is yes (naturally about 62 %)."""
     prompt = f"Passage: {text(row, 'passage')}\nQuestion: {text(row, 'question')}"
     return Example(prompt, "", index(row, 2, "answer", "label"))
 
@@ -128,6 +129,7 @@ def cosmos_qa(row: Row, rng: random.Random) -> Example | None:
 
 
 def dream(row: Row, rng: random.Random) -> Example | None:
+    """Label 1: the shown answer to a question about a dialogue is right."""
     answers, answer = texts(row, "choice", 2), text(row, "answer")
     if answer not in answers:
         raise UserError(f"field 'answer' {answer!r} is not one of 'choice'")
@@ -136,17 +138,20 @@ def dream(row: Row, rng: random.Random) -> Example | None:
 
 
 def ethics_justice(row: Row, rng: random.Random) -> Example:
+    """Label 1: the reason given is just."""
     question = "Q: Does this statement exemplify justice?"
     return Example(f"{question}\n\n{text(row, 'scenario')}\n\nA:", "", index(row, 2))
 
 
 def ethics_deontology(row: Row, rng: random.Random) -> Example:
+    """Label 1: the excuse is valid."""
     body = f"{text(row, 'scenario')}\n\n{text(row, 'excuse')}"
     prompt = f"Q: Is the following a morally valid excuse?\n\n{body}\n\nA:"
     return Example(prompt, "", index(row, 2))
 
 
 def ethics_virtue(row: Row, rng: random.Random) -> Example:
+    """Label 1: the trait after [SEP] fits (naturally about one in five)."""
     question = "Q: Does this behavior match the adjective that follows?"
     return Example(f"{question}\n\n{text(row, 'scenario')}\n\nA:", "", index(row, 2))
 
@@ -162,6 +167,7 @@ def ethics_utilitarianism(row: Row, rng: random.Random) -> Example:
 
 
 def anli(row: Row, rng: random.Random) -> Example:
+    """Label 1: the premise entails the hypothesis; neutral and contradiction are 0."""
     body = f"Premise: {text(row, 'premise')}\nHypothesis: {text(row, 'hypothesis')}"
     prompt = f"{body}\n\nDoes the premise entail the hypothesis?"
     return Example(prompt, "", int(index(row, 3) == 0))
@@ -173,6 +179,7 @@ def sentence(row: Row, rng: random.Random) -> Example:
 
 
 def hellaswag(row: Row, rng: random.Random) -> Example | None:
+    """Label 1: the shown ending is the right one of those listed."""
     endings = texts(row, "endings", 2)
     listed = "\n".join(endings)
     prompt = f'Context:\n{text(row, "ctx")}\n\nContinuations:\n\n{listed}\n\nQ: Is "'
@@ -181,6 +188,7 @@ def hellaswag(row: Row, rng: random.Random) -> Example | None:
 
 
 def mc_taco(row: Row, rng: random.Random) -> Example:
+    """Label 1: the answer about time is plausible."""
     prompt = f"{text(row, 'sentence')}\n\nGiven the above, {text(row, 'question')} Is the answer "
     return Example(prompt, f"{text(row, 'answer')}?", index(row, 2))
 
@@ -200,17 +208,20 @@ def openbookqa(row: Row, rng: random.Random) -> Example | None:
 
 
 def paws(row: Row, rng: random.Random) -> Example:
+    """Label 1: the two sentences mean the same."""
     body = f"Sent 1: {text(row, 'sentence1')}\nSent 2: {text(row, 'sentence2')}"
     prompt = f"{body}\n\nQ: Are these sentences semantically equivalent?"
     return Example(prompt, "", index(row, 2))
 
 
 def piqa(row: Row, rng: random.Random) -> Example | None:
+    """Label 1: the shown solution serves the goal."""
     answers = [text(row, "sol1"), text(row, "sol2")]
     return asked(f"Q: {text(row, 'goal')} A:", answers, index(row, 2), rng, form=" {}")
 
 
 def quail(row: Row, rng: random.Random) -> Example | None:
+    """Label 1: the shown answer about the passage is right."""
     answers = texts(row, "answers", 2)
     right = index(row, len(answers), "correct_answer_id", "label")
     passage, question = text(row, "context"), text(row, "question")
@@ -219,6 +230,7 @@ def quail(row: Row, rng: random.Random) -> Example | None:
 
 
 def quartz(row: Row, rng: random.Random) -> Example | None:
+    """Label 1: the shown one of two answers follows from the paragraph."""
     answers = texts(row, "choices", 2)
     prompt = f'Passage:\n{text(row, "para")}\n\nQ: "{text(row, "question")}" Is the answer "'
     return asked(prompt, answers, keyed(row, answers), rng, form='{}"?')
@@ -244,12 +256,14 @@ def social_i_qa(row: Row, rng: random.Random) -> Example | None:
 
 
 def multirc(row: Row, rng: random.Random) -> Example:
+    """Label 1: the answer about the passage is right."""
     passage, question = text(row, "paragraph"), text(row, "question")
     prompt = f'Passage:\n\n{passage}\n\nQ: "{question}" Is the answer "'
     return Example(prompt, f'{text(row, "answer")}"?', index(row, 2))
 
 
 def wic(row: Row, rng: random.Random) -> Example:
+    """Label 1: the word means the same in both sentences."""
     pair = f"Sentence 1:\n{text(row, 'sentence1')}\n\nSentence 2:\n{text(row, 'sentence2')}"
     question = f'Q: Does "{text(row, "word")}" have the same meaning in the above sentences?'
     return Example(f"{pair}\n\n{question}", "", index(row, 2))
@@ -264,6 +278,7 @@ def statement(row: Row, rng: random.Random) -> Example:
 
 
 def amazon_polarity(row: Row, rng: random.Random) -> Example:
+    """Label 1: the review is positive."""
     return Example(f"{text(row, 'title')} {text(row, 'content')}", "", index(row, 2))
 
 
@@ -278,6 +293,7 @@ def anthropic_hh(row: Row, rng: random.Random) -> Example | None:
 
 
 def sciq_with_support(row: Row, rng: random.Random) -> Example | None:
+    """As `sciq`, with the passage that holds the answer."""
     support, question = text(row, "support"), text(row, "question")
     prompt = f'Name: Bob\n\nPassage 1:\n{support}\n\nQ1: "{question}" Is the answer "'
     return asked(prompt, _sciq_answers(row), 0, rng, form='{}"?')
@@ -305,6 +321,7 @@ def winogrande(row: Row, rng: random.Random) -> Example | None:
 
 
 def strategy_qa(row: Row, rng: random.Random) -> Example:
+    """Label 1: the answer is yes."""
     return Example(f"Q: {text(row, 'question')}\n\nA:", "", index(row, 2, "answer", "label"))
 
 
@@ -315,6 +332,7 @@ def ethics_commonsense(row: Row, rng: random.Random) -> Example:
 
 
 def sms_spam(row: Row, rng: random.Random) -> Example:
+    """Label 1: the message is spam."""
     return Example(text(row, "sms"), "", index(row, 2))
 
 
