@@ -155,6 +155,25 @@ def test_vmap_over_runs_equals_a_loop():
     np.testing.assert_allclose(together, one_by_one, rtol=1e-5, atol=1e-6)
 
 
+def test_a_sharded_batch_stays_sharded_through_the_chunks():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    hidden, unembed, targets, mask, _ = (jnp.concatenate([x] * 4) for x in example())
+    unembed = unembed[:D]
+
+    def loss(hidden, unembed, targets, mask):
+        return token_logps(hidden, unembed, targets, mask, chunk=24).sum()
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    want = step(hidden, unembed, targets, mask)
+    placed = [jax.device_put(x, rows) for x in (hidden, targets, mask)]
+    program = step.lower(placed[0], unembed, *placed[1:]).compile()
+    assert "all-gather" not in program.as_text()
+    got = program(placed[0], unembed, *placed[1:])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -144,7 +144,7 @@ def test_paired_bootstrap_takes_real_scores_and_refuses_different_shapes():
 )
 def test_bootstrap_intervals_cover_about_as_often_as_they_say(seeds, cell, least):
     """Items and seeds sampled anew each time; only noise of single cells makes it conservative."""
-    rng, hits, runs, items = np.random.default_rng(seeds), np.zeros(2), 300, 200
+    rng, hits, runs, items = np.random.default_rng(seeds), np.zeros(2), 200, 200
     for run in range(runs):
         item = rng.normal(size=(3, 1, items))  # each model has its own hard items
         seed = rng.normal(size=(3, seeds, 1)) * (0.2 if seeds > 1 else 0.0)
