@@ -59,6 +59,7 @@ class Store:
         with self._writing():
             self.manager.wait_until_finished()
             self._seal()
+            self._room(state)
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -146,6 +147,14 @@ class Store:
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 os.replace(self.folder / str(step), aside / str(step))
         self.manager.reload()
+
+    def _room(self, state: State) -> None:
+        """Refuse early what would fail halfway: a disk without room for one more checkpoint."""
+        leaves = jax.tree.leaves((state.params, _rest(state)))
+        need = sum(leaf.nbytes for leaf in leaves)
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise OSError(f"{need / 1e6:.1f} MB are needed, the disk has {free / 1e6:.1f} MB left")
 
     def _seal(self) -> None:
         """Write checksums beside complete checkpoints that lack them."""
