@@ -175,9 +175,15 @@ def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
     if mesh is None:
         return tree
 
+    whole = replicated(mesh)
+
     def put(leaf: Any) -> Any:
-        here = getattr(getattr(leaf, "sharding", None), "mesh", None)
-        return leaf if here == mesh else jax.device_put(local(leaf), replicated(mesh))
+        if getattr(getattr(leaf, "sharding", None), "mesh", None) == mesh:
+            return leaf
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = jax.device_put(local(jax.random.key_data(leaf)), whole)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.device_put(local(leaf), whole)
 
     return jax.tree.map(put, tree)
 
@@ -189,8 +195,7 @@ def local(tree: Tree) -> Tree:
 
     def fetch(leaf: Any) -> Any:
         mine = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
-        typed_key = mine and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(leaf) if mine and not typed_key else leaf
+        return np.asarray(leaf) if mine else leaf
 
     return jax.tree.map(fetch, tree)
 
