@@ -275,14 +275,16 @@ def _arrow_file(path: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Progress bars of ``datasets`` off for the block."""
+    """Progress bars and messages of ``datasets`` off for the block: faults become one line."""
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
