@@ -9,6 +9,7 @@ openai/weak-to-strong; EleutherAI's replication (EleutherAI/w2s).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -184,11 +185,7 @@ def ramp(start: float, end: float, *, over: float) -> Callable[[Array | float], 
     """
     _check_share(over)
 
-    def schedule(progress: Array | float) -> Array:
-        done = jnp.clip(jnp.asarray(progress, jnp.float32) / over, 0, 1) if over else 1.0
-        return jnp.asarray(start + (end - start) * done, jnp.float32)
-
-    return _mark(schedule)
+    return _mark(partial(_ramp, start=start, end=end, over=over))
 
 
 def ref_schedule(alpha: float, *, over: float = 0.1) -> Callable[[Array | float], Array]:
@@ -202,11 +199,17 @@ def ref_schedule(alpha: float, *, over: float = 0.1) -> Callable[[Array | float]
     """
     _check_share(over)
 
-    def schedule(progress: Array | float) -> Array:
-        progress = jnp.asarray(progress, jnp.float32)
-        return alpha * jnp.where(progress > over, 1.0, progress)
+    return _mark(partial(_climb_then_jump, alpha=alpha, over=over))
 
-    return _mark(schedule)
+
+def _ramp(progress: Array | float, *, start: float, end: float, over: float) -> Array:
+    done = jnp.clip(jnp.asarray(progress, jnp.float32) / over, 0, 1) if over else 1.0
+    return jnp.asarray(start + (end - start) * done, jnp.float32)
+
+
+def _climb_then_jump(progress: Array | float, *, alpha: float, over: float) -> Array:
+    progress = jnp.asarray(progress, jnp.float32)
+    return alpha * jnp.where(progress > over, 1.0, progress)
 
 
 def _check(logits: Array, labels: Array) -> None:

@@ -1,0 +1,417 @@
+"""Pretrain the nano family: tiny Llama-layout models on the arithmetic world, or on your text.
+
+A controlled ladder of compute: nano-1 .. nano-4 (7 thousand to 0.8 million parameters) learn to
+solve worded sums of one to five steps. They ship with the package; this program made them. Expect
+held-out accuracy to rise strictly along the ladder, and a top rung that is strong but imperfect.
+
+  python -m experiments.pretrain_nano --rungs nano-1 nano-2        two rungs, a minute
+  python -m experiments.pretrain_nano --preset paper               the shipped family, two seeds
+  python -m experiments.pretrain_nano --rungs mine --width 64 --layers 3 --heads 2 --tokens 4e6
+  python -m experiments.pretrain_nano --rungs mine --task boolq --data FOLDER --vocab 512
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from w2s_jax import cli, figures
+from w2s_jax.data import arithmetic
+from w2s_jax.data.packing import pack
+from w2s_jax.errors import UserError
+from w2s_jax.generate.sample import complete
+from w2s_jax.metrics.statistics import claim, interval, wilson
+from w2s_jax.models.transformer import Config as Architecture
+from w2s_jax.models.transformer import flops_per_token, params_count, transformer
+from w2s_jax.objectives import language
+from w2s_jax.record import Context
+from w2s_jax.tokenizer import Tokenizer
+from w2s_jax.train.fit import fit
+from w2s_jax.train.optim import Tune
+from w2s_jax.types import Model, Params, Row, State, Table
+
+LENGTH = 128  # tokens in a packed row
+QUESTION_WEIGHT = 0.1  # of a question's tokens in the loss; a solution's weigh 1
+TOKENS_PER_DOCUMENT = 64  # mean of `arithmetic.documents`, to know how many to draw
+DIFFICULTIES = (1, 2, 3, 4, 5)
+HELD_OUT = 900_000  # seed of the test problems; training seeds stay below
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A size and how long it is trained."""
+
+    width: int
+    layers: int
+    heads: int
+    tokens: float
+
+
+RUNGS = {
+    "nano-1": Rung(16, 2, 1, 2e6),
+    "nano-2": Rung(32, 2, 1, 4e6),
+    "nano-3": Rung(64, 3, 2, 8e6),
+    "nano-4": Rung(128, 4, 4, 12e6),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which rungs to train, and on what."""
+
+    rungs: tuple[str, ...] = ("nano-1", "nano-2", "nano-3")
+    """Names of the ladder, smallest first; any other name takes --width, --layers, --heads, --tokens."""
+    seeds: int = 1
+    """How many pretraining seeds: other weights, other documents."""
+    first: int = 0
+    """The first pretraining seed."""
+    width: int = 64
+    """Hidden width of a rung that is not in the ladder."""
+    layers: int = 3
+    """Layers of a rung that is not in the ladder."""
+    heads: int = 2
+    """Attention heads of a rung that is not in the ladder."""
+    tokens: float = 4e6
+    """Training tokens of a rung that is not in the ladder."""
+    scale: float = 1.0
+    """Multiplies every rung's training tokens."""
+    marks: tuple[float, ...] = (0.125, 0.25, 0.5)
+    """Shares of the run (in eighths) at which an intermediate checkpoint is exported as <name>-seed<k>-<share>."""
+    test: int = 200
+    """Held-out problems per number of steps."""
+    lr: float = 0.02
+    """Muon's learning rate; the same for Adam on the rest."""
+    batch: int = 16
+    """Packed rows of 128 tokens per update."""
+    out: str | None = None
+    """Folder for the exported models; default <workdir>/models."""
+    task: str = "arithmetic"
+    """What to read: the arithmetic world, or the text of a task (see --data) without its labels."""
+    data: str | None = None
+    """Folder or file of the task."""
+    vocab: int = 512
+    """Size of the byte-level BPE vocabulary trained on a task's text."""
+    tokenizer: str | None = None
+    """Folder with a tokenizer to use for a task's text instead of training one."""
+
+
+PRESETS = {
+    "tiny": dict(rungs=("nano-1",), scale=0.02, marks=(0.5,), test=10),
+    "paper": dict(rungs=tuple(RUNGS), seeds=2, test=400),
+}
+
+
+def run(cfg: Config, ctx: Context) -> Iterator[Row]:
+    """Train every rung of every seed; yields one row per rung, checkpoint and difficulty."""
+    out = Path(cfg.out) if cfg.out else ctx.workdir / "models"
+    for seed in range(cfg.first, cfg.first + cfg.seeds):
+        for name in cfg.rungs:
+            rung = _rung(cfg, name)
+            inputs = dict(
+                rung=rung, seed=seed, cfg=replace(cfg, rungs=(), seeds=1, first=0, out=None)
+            )
+            make = lambda: train_rung(cfg, ctx, name, rung, seed, out)  # noqa: B023, E731
+            yield from ctx.stage(f"rung-{name}", inputs, make)
+
+
+def _rung(cfg: Config, name: str) -> Rung:
+    rung = RUNGS.get(name, Rung(cfg.width, cfg.layers, cfg.heads, cfg.tokens))
+    return replace(rung, tokens=rung.tokens * cfg.scale)
+
+
+def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out: Path) -> list[Row]:
+    """Pretrain one model, export it with its intermediate checkpoints, and measure each."""
+    table, tokenizer = corpus(cfg, rung, seed)
+    architecture = Architecture(
+        vocab=-(-tokenizer.size // 16) * 16,
+        width=rung.width,
+        layers=rung.layers,
+        heads=rung.heads,
+        rope=1000.0,
+        max_length=512,
+        eps=1e-6,
+    )
+    model = transformer(architecture)
+    real = int((table["segment"] > 0).sum())
+    steps = 8 * max(1, round(rung.tokens / (real / len(table) * cfg.batch) / 8))
+    tune = Tune(
+        lr=cfg.lr,
+        batch=cfg.batch,
+        steps=steps,
+        optimizer="muon",
+        adam_scale=1.0,
+        weight_decay=0.02,
+        warmup=min(100 / steps, 0.1),
+        schedule="wsd",
+        decay_from=0.3,
+        final=0.05,
+        clip=0.0,
+    )
+    stops = {max(1, round(8 * share)) * steps // 8: share for share in cfg.marks} | {steps: 1.0}
+    folder = ctx.folder(f"fit-{name}", dict(rung=rung, seed=seed, tune=tune, task=cfg.task))
+
+    def mark(state: State) -> dict[str, float]:
+        step = int(state.step)
+        if step in stops:
+            leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.params))}
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(folder / f"mark-{step}.npz", **leaves)
+        return {}
+
+    objective = language(model)
+    state = fit(
+        objective,
+        model.init(jax.random.key(seed)),
+        table,
+        tune,
+        jax.random.key(1000 + seed),
+        axes=model.axes,
+        workdir=folder,
+        save_every=steps // 8,
+        evaluate=mark,
+        eval_every=math.gcd(*stops),
+        track=tuple(t for t in ctx.track if t != "jsonl"),
+        progress=ctx.progress,
+        flops=flops_per_token(architecture, LENGTH),
+    )
+    rows: list[Row] = []
+    about = dict(rung=name, seed=seed, params=params_count(architecture))
+    for step, share in sorted(stops.items()):
+        with np.load(folder / f"mark-{step}.npz") as kept:
+            leaves = [kept[str(i)] for i in range(len(kept))]
+        params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
+        place = out / (f"{name}-seed{seed}" + ("" if share == 1.0 else f"-{share:g}"))
+        here = about | {"share": share, "tokens": round(step / steps * rung.tokens)}
+        measured = _export(cfg, model, params, tokenizer, place, here)
+        rows.extend(here | {"steps": n, **values} for n, values in measured.items())
+        told = ", ".join(f"{n} steps {v['accuracy']:.2f}" for n, v in measured.items())
+        ctx.say(f"{place.name}: {told or 'exported'}")
+    return rows
+
+
+def _export(
+    cfg: Config, model: Model, params: Params, tokenizer: Tokenizer, folder: Path, about: Row
+) -> dict[int, dict[str, float]]:
+    """Write a rung as a Hugging Face folder with its card; its accuracies as read back."""
+    from w2s_jax.models import hf
+
+    hf.export(model, params, folder, tokenizer, dtype="bfloat16")
+    read, weights, _ = hf.load(str(folder), dtype="float32")
+    measured = accuracies(cfg, read, weights, tokenizer)
+    card(folder, cfg, model.config, about | {"sha256": hf.fingerprint(weights)}, measured)
+    return measured
+
+
+def corpus(cfg: Config, rung: Rung, seed: int) -> tuple[Table, Tokenizer]:
+    """Packed training rows, and the tokenizer that made them."""
+    if cfg.task == "arithmetic":
+        tokenizer = arithmetic.tokenizer()
+        count = round(1.02 * rung.tokens / TOKENS_PER_DOCUMENT) + 64
+        pairs = arithmetic.documents(seed, count, avoid=set(_test(cfg)["question"].tolist()))
+    else:
+        pairs, tokenizer = _task_text(cfg, seed)
+    prompts = tokenizer.encode_ids([prompt for prompt, _ in pairs])
+    responses = tokenizer.encode_ids([response for _, response in pairs])
+    begin, end = _ends(tokenizer)
+    weight = QUESTION_WEIGHT if cfg.task == "arithmetic" else 1.0
+    documents = [
+        (begin + p + r + end, [weight] * (len(begin) + len(p)) + [1.0] * (len(r) + len(end)))
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    return pack(documents, LENGTH, on_long="split"), tokenizer
+
+
+def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    return (
+        [] if tokenizer.bos is None else [tokenizer.bos],
+        [] if tokenizer.eos is None else [tokenizer.eos],
+    )
+
+
+def _task_text(cfg: Config, seed: int) -> tuple[list[tuple[str, str]], Tokenizer]:
+    from w2s_jax.data import tasks
+
+    splits = tasks.load(cfg.task, seed=seed, data=cfg.data)
+    rows = [row for part in (splits.train, splits.transfer) for row in part.rows()]
+    pairs = [(str(row["prompt"]), str(row["response"])) for row in rows]
+    if cfg.tokenizer:
+        return pairs, Tokenizer.load(cfg.tokenizer)
+    return pairs, train_bpe([a + b for a, b in pairs], cfg.vocab)
+
+
+def train_bpe(texts: list[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of ``vocab`` tokens: it can encode any text.
+
+    Raises:
+      UserError: ``vocab`` below the 256 bytes and the three special tokens.
+    """
+    if vocab < 259:
+        raise UserError(f"--vocab must be at least 259 (256 bytes and 3 special), got {vocab}")
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, pad=0, bos=1, eos=2)
+
+
+def _test(cfg: Config) -> Table:
+    """The held-out problems: the same for every rung, seed and checkpoint."""
+    count = cfg.test * len(DIFFICULTIES)
+    return arithmetic.problems(HELD_OUT, count, steps=DIFFICULTIES)
+
+
+def accuracies(
+    cfg: Config, model: Model, params: Params, tokenizer: Tokenizer
+) -> dict[int, dict[str, float]]:
+    """Greedy accuracy per number of steps, with a 95 % Wilson interval; empty for other text."""
+    if cfg.task != "arithmetic":
+        return {}
+    test = _test(cfg)
+    answers = complete(
+        model, params, tokenizer, [p + " a :" for p in test["prompt"]], jax.random.key(0), tokens=64
+    )
+    scores = arithmetic.score(list(test["answer"]), answers)["steps"]
+    measured = {}
+    for steps, values in scores.items():
+        right = round(values["accuracy"] * values["count"])
+        bounds = wilson(right, values["count"])
+        measured[steps] = dict(
+            accuracy=values["accuracy"],
+            low=bounds.low,
+            high=bounds.high,
+            credit=values["credit"],
+            count=values["count"],
+        )
+    return measured
+
+
+def card(folder: Path, cfg: Config, architecture: Architecture, about: Row, measured: dict) -> None:
+    """Write the model card: how it was made, what it weighs, what it can do."""
+    name = str(about["rung"])
+    words = ["python", "-m", "experiments.pretrain_nano", "--rungs", name]
+    words += ["--first", str(about["seed"])]
+    words += [] if cfg.scale == 1.0 else ["--scale", f"{cfg.scale:g}"]
+    words += [] if cfg.task == "arithmetic" else ["--task", cfg.task, "--data", str(cfg.data)]
+    if name not in RUNGS:
+        for field in ("width", "layers", "heads", "tokens"):
+            words += [f"--{field}", f"{getattr(cfg, field):g}"]
+    facts = {
+        "command": shlex.join(words),
+        "seed": about["seed"],
+        "tokens": about["tokens"],
+        "share of the run": about["share"],
+        "parameters": about["params"],
+        "sha256 of the weights": about["sha256"],
+        "accuracy": {str(n): values for n, values in measured.items()},
+    }
+    lines = [
+        f"# {folder.name}",
+        "",
+        f"Llama layout, width {architecture.width}, {architecture.layers} layers, "
+        f"{architecture.heads} heads, {about['params']:,} parameters, bfloat16.",
+        "",
+        "| | |",
+        "|---|---|",
+        *[f"| {key} | `{value}` |" for key, value in facts.items() if key != "accuracy"],
+        "",
+        *_accuracy_lines(measured),
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf8")
+    (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf8")
+
+
+def _accuracy_lines(measured: dict[int, dict[str, float]]) -> list[str]:
+    if not measured:
+        return []
+    head = ["| steps | greedy accuracy | 95 % interval | problems |", "|---|---|---|---|"]
+    return head + [
+        f"| {n} | {v['accuracy']:.3f} | {v['low']:.3f} - {v['high']:.3f} | {v['count']} |"
+        for n, v in measured.items()
+    ]
+
+
+def final(rows: list[Row]) -> list[Row]:
+    """The rows of finished rungs, mean accuracy over difficulties added per (rung, seed)."""
+    keys = dict.fromkeys((r["rung"], r["seed"]) for r in rows if r["share"] == 1.0)
+    means = []
+    for rung, seed in keys:
+        mine = [r for r in rows if (r["rung"], r["seed"], r["share"]) == (rung, seed, 1.0)]
+        total = sum(float(r["count"]) for r in mine)
+        right = sum(float(r["accuracy"]) * float(r["count"]) for r in mine)
+        bounds = wilson(round(right), round(total))
+        means.append(
+            dict(
+                rung=rung,
+                seed=seed,
+                params=mine[0]["params"],
+                tokens=mine[0]["tokens"],
+                accuracy=right / total,
+                low=bounds.low,
+                high=bounds.high,
+                **{f"{r['steps']} steps": r["accuracy"] for r in mine},
+            )
+        )
+    return means
+
+
+def claims(rows: list[Row]) -> list[dict]:
+    """Strictly rising along the ladder; the top rung strong but imperfect."""
+    means = final(rows)
+    rungs = list(dict.fromkeys(m["rung"] for m in means))
+    made = []
+    for small, large in zip(rungs[:-1], rungs[1:], strict=True):
+        pairs = [[m["accuracy"] for m in means if m["rung"] == rung] for rung in (small, large)]
+        gaps = [b - a for a, b in zip(*pairs, strict=True)]
+        if len(gaps) > 1:
+            bounds = interval(gaps)
+            made.append(claim(f"{large} above {small}", "accuracy gap", bounds, above=0.0))
+    return made
+
+
+def figure_ladder(rows: list[Row], folder: Path) -> list[Path]:
+    """Held-out accuracy against training tokens, per rung, over its intermediate checkpoints."""
+    if not rows:
+        return []
+    path = folder / "ladder.png"
+    mean = [dict(r, accuracy=float(r["accuracy"])) for r in rows]
+    return [
+        figures.lines(
+            mean,
+            x="tokens",
+            y="accuracy",
+            hue="rung",
+            path=path,
+            title="The nano ladder",
+            xlabel="training tokens",
+            ylabel="held-out greedy accuracy, mean over 1 to 5 steps",
+            logx=True,
+        )
+    ]
+
+
+if __name__ == "__main__":
+    cli.main(
+        Config,
+        run,
+        figures=figure_ladder,
+        claims=claims,
+        presets=PRESETS,
+        paper="pretrain_nano",
+        minutes=5,
+        summary=final,
+    )
