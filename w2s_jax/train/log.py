@@ -188,7 +188,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 def _wandb(folder: Path) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("tracking with wandb needs wandb: pip install wandb") from error
     name = "-".join(folder.resolve().parts[-2:])

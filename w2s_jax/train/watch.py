@@ -110,7 +110,9 @@ class Watch:
         """Evaluate when ``done`` updates make it due."""
         if self.evaluate is not None and self._due(self.eval_every, done):
             self.flush()
-            self.log.write(done, self.evaluate(state))
+            numbers = self.evaluate(state)
+            if numbers:
+                self.log.write(done, numbers)
 
     def save(self, done: int, state: State, now: bool = False) -> None:
         """Save when ``done`` updates make it due, or ``now``."""
