@@ -83,6 +83,8 @@ def _check(config: Config) -> None:
         "qk_norm": ("none", "head", "all"),
         "bias": ("none", "qkv", "all"),
         "remat": ("none", *REMAT),
+        "dtype": ("float32", "bfloat16", "float16", "float64"),
+        "param_dtype": ("float32", "bfloat16", "float16", "float64"),
     }
     for name, allowed in options.items():
         if getattr(config, name) not in allowed:

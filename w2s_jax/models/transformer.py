@@ -8,6 +8,7 @@ The layout is the same whether the layers are scanned or unrolled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from w2s_jax.errors import UserError
 from w2s_jax.models.attention import Cache, attend, init_cache, plan, rope_angles, rotate
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
-from w2s_jax.types import Array, Model, Output, Params
+from w2s_jax.types import Array, Model, Output, Params, Tree
 
 __all__ = [
     "Cache",
@@ -31,6 +32,7 @@ __all__ = [
     "flops_per_token",
     "init_cache",
     "params_count",
+    "shapes",
     "transformer",
 ]
 
@@ -42,8 +44,9 @@ _SAVED: dict[str, Any] = {
 }
 
 
+@functools.lru_cache(maxsize=64)
 def transformer(config: Config) -> Model:
-    """The decoder of ``config`` as two pure functions.
+    """The decoder of ``config`` as two pure functions; the same config gives the same ``Model``.
 
     ``apply(params, tokens, *, segment=None, position=None, cache=None)`` takes [B,T] int arrays.
     Tokens of different ``segment`` never see each other (0 is padding); ``position`` defaults to
@@ -51,10 +54,9 @@ def transformer(config: Config) -> Model:
     follow those already in it and ``Output.cache`` is the extended cache.
     """
     module = Decoder(config)
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), token)["params"]
-    axes = jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
+    axes = jax.tree.map(lambda box: box.names, _boxed(config), is_leaf=_is_box)
 
+    @jax.jit
     def init(key: Array) -> Params:
         params = module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         return jax.tree.map(lambda box: box.value, params, is_leaf=_is_box)
@@ -81,10 +83,18 @@ def decode(output: Output) -> Array:
 
 def params_count(config: Config) -> int:
     """How many numbers the model has; a tied embedding counts once."""
-    module = Decoder(config)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(config)))
+
+
+def shapes(config: Config) -> Tree:
+    """Shape and dtype of every parameter, without making any."""
+    return jax.tree.map(lambda box: box.value, _boxed(config), is_leaf=_is_box)
+
+
+@functools.lru_cache(maxsize=64)
+def _boxed(config: Config) -> Tree:
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), token)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), token)["params"]
 
 
 def _is_box(leaf: Any) -> bool:
@@ -122,7 +132,8 @@ class Decoder(nn.Module):
     def __call__(self, tokens, segment=None, position=None, cache: Cache | None = None) -> Output:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         shape = (config.vocab, config.width)
-        embed = _param(self, "embed", nn.initializers.normal(0.02), shape, "vocab", "embed")
+        init = nn.initializers.normal(config.width**-0.5)  # logits of a tied head start near 1
+        embed = _param(self, "embed", init, shape, "vocab", "embed")
         embed = _constrain(embed, "vocab", "act_embed")  # gather whole rows, sharded by vocabulary
         x = embed[tokens].astype(dtype)
         position, mask, cache = plan(tokens, segment, position, cache)
