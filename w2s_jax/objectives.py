@@ -1,4 +1,4 @@
-"""Objectives: a loss joined to the forward passes it needs. The only thing ``fit`` knows of a method."""
+"""Objectives: a loss and the forward passes it needs; all that ``fit`` knows of a method."""
 
 from __future__ import annotations
 
