@@ -67,7 +67,7 @@ class Config:
     """Which rungs to train, and on what."""
 
     rungs: tuple[str, ...] = ("nano-1", "nano-2", "nano-3")
-    """Names of the ladder, smallest first; any other name takes --width, --layers, --heads, --tokens."""
+    """Of the ladder, smallest first; another name takes --width, --layers, --heads, --tokens."""
     seeds: int = 1
     """How many pretraining seeds: other weights, other documents."""
     first: int = 0
@@ -83,7 +83,7 @@ class Config:
     scale: float = 1.0
     """Multiplies every rung's training tokens."""
     marks: tuple[float, ...] = (0.125, 0.25, 0.5)
-    """Shares of the run (in eighths) at which an intermediate checkpoint is exported as <name>-seed<k>-<share>."""
+    """Shares of the run (eighths) at which a checkpoint is exported as <name>-seed<k>-<share>."""
     test: int = 200
     """Held-out problems per number of steps."""
     lr: float = 0.02
@@ -160,9 +160,9 @@ def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out:
     def mark(state: State) -> dict[str, float]:
         step = int(state.step)
         if step in stops:
-            leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.params))}
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez(folder / f"mark-{step}.npz", **leaves)
+            np.savez(folder / f"mark-{step}.npz", *leaves)
         return {}
 
     objective = language(model)
@@ -185,7 +185,7 @@ def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out:
     about = dict(rung=name, seed=seed, params=params_count(architecture))
     for step, share in sorted(stops.items()):
         with np.load(folder / f"mark-{step}.npz") as kept:
-            leaves = [kept[str(i)] for i in range(len(kept))]
+            leaves = [kept[f"arr_{i}"] for i in range(len(kept))]
         params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
         place = out / (f"{name}-seed{seed}" + ("" if share == 1.0 else f"-{share:g}"))
         here = about | {"share": share, "tokens": round(step / steps * rung.tokens)}

@@ -240,8 +240,8 @@ def claims(rows: list[Row]) -> list[dict]:
     naive, confident = _pair(rows), _pair(rows, "confidence")
     made = []
 
-    def add(name: str, values: Sequence[float], **bound: float) -> None:
-        made.append(claim(name, "mean over seeds, t interval", interval(values), **bound))
+    def add(name: str, values: Sequence[float] | np.ndarray, above: float) -> None:
+        made.append(claim(name, "mean over seeds, t interval", interval(values), above=above))
 
     if naive:
         add(
@@ -322,10 +322,10 @@ def _figures_of_pairs(pairs: list[Row], folder: Path) -> list[Path]:
             weak = size | dict(size=r["weak_size"], labels="truth (supervisor)")
             sizes += [weak | dict(accuracy=r["weak_accuracy"])]
     unique = {tuple(sorted(s.items())): s for s in sizes}
-    words = dict(ylabel="test accuracy", xlabel="weights of the body", logx=True)
     return [
         figures.lines(list(unique.values()), "size", "accuracy", hue="labels", panel="weak",
-                      path=folder / "accuracy_by_size.png", title="Accuracy by student size", **words),
+                      path=folder / "accuracy_by_size.png", title="Accuracy by student size",
+                      xlabel="weights of the body", ylabel="test accuracy", logx=True),
         figures.bars([r for r in pairs if np.isfinite(r["pgr"])], "pair", "pgr", hue="loss",
                      error=median_interval, path=folder / "pgr.png",
                      title="Performance gap recovered (median over seeds)", ylabel="PGR",
@@ -364,8 +364,8 @@ def _figures_of_training(rows: list[Row], folder: Path) -> list[Path]:
     names = f"{Path(weak).name} > {Path(student).name}"
     return [
         figures.lines(curve, "step", "value", hue="what", path=folder / "training.png",
-                      title=f"Over training, {names}", xlabel="updates", ylabel="share of test rows",
-                      references={"weak accuracy": level}),
+                      title=f"Over training, {names}", xlabel="updates",
+                      ylabel="share of test rows", references={"weak accuracy": level}),
         figures.reliability_diagram(bins, hue="who", path=folder / "reliability.png",
                                     title=f"Calibration, {names}"),
         figures.bars(
@@ -381,17 +381,13 @@ def _figures_of_training(rows: list[Row], folder: Path) -> list[Path]:
 
 def _roles(rows: list[Row], x: str, path: Path, title: str) -> Path:
     """Weak, student and ceiling accuracy per value of ``x``."""
-    roles = (
-        ("weak", "weak_accuracy"),
-        ("student", "student_accuracy"),
-        ("ceiling", "ceiling_accuracy"),
-    )
     many = len({r["loss"] for r in rows}) > 1
     bars = []
     for r in rows:
-        for role, key in roles:
+        for role in ("weak", "student", "ceiling"):
             told = f"{role}, {r['loss']}" if many and role == "student" else role
-            bars.append({x: r[x], "seed": r["seed"], "role": told, "accuracy": r[key]})
+            accuracy = r[f"{role}_accuracy"]
+            bars.append({x: r[x], "seed": r["seed"], "role": told, "accuracy": accuracy})
     unique = {(b[x], b["seed"], b["role"]): b for b in bars}
     names = f"{Path(rows[0]['weak']).name} > {Path(rows[0]['student']).name}"
     return figures.bars(

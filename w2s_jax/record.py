@@ -17,8 +17,8 @@ from typing import Any
 
 from w2s_jax import workdir as files
 from w2s_jax.errors import UserError
+from w2s_jax.types import Row
 
-Row = dict[str, Any]
 CLAIM = ("name", "holds", "statistic", "value", "interval", "level", "seeds")
 
 

@@ -20,7 +20,7 @@ Tree = Any
 Params = Tree
 Array = jax.Array
 Batch = dict[str, Any]
-Row = dict[str, str | int | float]
+Row = dict[str, Any]  # a line of results: text and numbers only
 
 # The column dictionary: a closed list of what may reach a device. A value is (kind, dims after N);
 # a nested dict is a sub-table. Adding a name is a reviewed change of docs/design.md.

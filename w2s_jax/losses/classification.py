@@ -174,7 +174,7 @@ def midweak(labels: Any) -> Array:
     return jnp.median(jnp.max(jnp.asarray(labels, jnp.float32), axis=-1)) - 0.5
 
 
-def ramp(start: float, end: float, *, over: float) -> Callable[[Array | float], Array]:
+def ramp(start: float, end: float, *, over: float) -> Any:
     """A schedule: linear from ``start`` to ``end`` over the first ``over`` of the run, then flat.
 
     Burns et al. warm alpha up with ``ramp(0, alpha, over=0.2)``. The result maps progress in
@@ -188,7 +188,7 @@ def ramp(start: float, end: float, *, over: float) -> Callable[[Array | float], 
     return _mark(partial(_ramp, start=start, end=end, over=over))
 
 
-def ref_schedule(alpha: float, *, over: float = 0.1) -> Callable[[Array | float], Array]:
+def ref_schedule(alpha: float, *, over: float = 0.1) -> Any:
     """The reference repository's warm-up: ``alpha * progress`` up to ``over``, then ``alpha``.
 
     It climbs to ``over * alpha`` only (0.05 for alpha 0.5) and then jumps; ``ramp`` is the

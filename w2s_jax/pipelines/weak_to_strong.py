@@ -24,9 +24,10 @@ from w2s_jax.models import hf
 from w2s_jax.models.heads import attach, classifier, features, linear
 from w2s_jax.objectives import classify, language
 from w2s_jax.tokenizer import Tokenizer
+from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.population import one_of, population
-from w2s_jax.types import Array, Batch, Model, Params, Table, Tree
+from w2s_jax.types import Array, Batch, Model, Params, State, Table, Tree
 
 CHUNK = 100  # rows of a test set scored at once inside a population program
 SERIAL = 200_000_000  # weights above which runs follow one another, sharded over the mesh
@@ -62,19 +63,18 @@ class Side:
 class Learned:
     """What S trained runs say, class probabilities float32.
 
-    ``test`` [S,N,C] of the test rows; ``ask`` [S,M,C] of each run's own other rows (None if none
+    ``test`` [S,N,C] of the test rows; ``ask`` [S,M,C] of each run's own other rows (M = 0 if none
     were asked); ``curve`` [S,P,N,C] of the test rows after ``steps`` [P] updates.
     """
 
     test: np.ndarray
-    ask: np.ndarray | None
+    ask: np.ndarray
     curve: np.ndarray
     steps: np.ndarray
 
     def pick(self, runs: Sequence[int] | np.ndarray) -> Learned:
         """Some of the runs."""
-        ask = None if self.ask is None else self.ask[runs]
-        return Learned(self.test[runs], ask, self.curve[runs], self.steps)
+        return Learned(self.test[runs], self.ask[runs], self.curve[runs], self.steps)
 
 
 def side(name: str, *, feature: str = "last", mesh: Any = None) -> Side:
@@ -157,61 +157,74 @@ def learn(
       losses, which: run i trains with ``losses[which[i]]``; all in one program.
       rows: [S,n] rows of each table to train on; default all.
     """
-    which = np.zeros(len(seeds), np.int32) if which is None else np.asarray(which, np.int32)
-    serial = given.size > SERIAL
+    chosen = np.zeros(len(seeds), np.int32) if which is None else np.asarray(which, np.int32)
     objective = _objective(given.model, tuple(losses))
-    if serial:
-        parts = [
-            _learn(
-                given, objective({"loss": int(which[i])}), [tables[i]], tune, [seed], test,
-                ask=None if ask is None else [ask[i]], rows=None if rows is None else rows[i][None],
-                points=points, mode="serial", mesh=mesh,
-            )
-            for i, seed in enumerate(seeds)
+    ask = [] if ask is None else ask
+    if given.size > SERIAL:
+        runs = [
+            _one(given, objective({"loss": int(chosen[i])}), table, tune, seed, test,
+                 ask[i] if ask else None, points, mesh)
+            for i, (table, seed) in enumerate(zip(_rows(tables, rows), seeds, strict=True))
         ]  # fmt: skip
-        join = lambda *leaves: np.concatenate(leaves)  # noqa: E731
-        first = parts[0]
-        asked = None if ask is None else join(*[p.ask for p in parts])
-        tests, curves = join(*[p.test for p in parts]), join(*[p.curve for p in parts])
-        return Learned(tests, asked, curves, first.steps)
-    return _learn(
-        given, objective, tables, tune, seeds, test,
-        ask=ask, rows=rows, points=points, hyper={"loss": which}, devices=devices,
-    )  # fmt: skip
-
-
-def _learn(
-    given: Side,
-    objective: Any,
-    tables: Sequence[Table],
-    tune: Tune,
-    seeds: Sequence[int],
-    test: Table,
-    *,
-    ask: Sequence[Table] | None,
-    points: int,
-    **how: Any,
-) -> Learned:
+        tests, asked, curves, steps = zip(*runs, strict=True)
+        return Learned(np.stack(tests), np.stack(asked), np.stack(curves), steps[0])
     done = population(
         objective,
         given.params,
         tables,
         tune,
         seeds,
+        hyper={"loss": chosen},
+        rows=rows,
         stacked=given.stacked,
         axes=given.model.axes,
         probe=_look(given.model),
         data=_chunks(test),
         points=points,
-        **how,
+        devices=devices,
     )
     if done.failed:
         raise UserError(
             f"{given.name}: runs {list(done.failed)} became NaN; lower the learning rate"
         )
     curve = done.curve[:, :, : len(test)]
-    asked = None if ask is None else answer(given.model, done.params, ask)
+    asked = answer(given.model, done.params, ask) if ask else _nothing(curve)
     return Learned(curve[:, -1], asked, curve, done.steps)
+
+
+def _rows(tables: Sequence[Table], rows: Any) -> list[Table]:
+    if rows is None:
+        return list(tables)
+    return [table.take(chosen) for table, chosen in zip(tables, rows, strict=True)]
+
+
+def _nothing(curve: np.ndarray) -> np.ndarray:
+    return np.zeros((len(curve), 0, curve.shape[-1]), np.float32)
+
+
+def _one(
+    given: Side, objective: Any, table: Table, tune: Tune, seed: int, test: Table,
+    ask: Table | None, points: int, mesh: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """One run of a large model, sharded over ``mesh``: test, ask, curve, steps as in Learned."""
+    say = _say(given.model)
+    steps = tune.total(len(table))
+    stops = np.round(np.linspace(0, steps, points + 1)).astype(int)[1:]
+    curve = []
+
+    def look(state: State) -> dict[str, float]:
+        if int(state.step) in stops:
+            curve.append(predict(say, state.params, test, mesh=mesh))
+        return {}
+
+    state = fit(
+        objective, given.params, table, tune, jax.random.key(seed), axes=given.model.axes,
+        mesh=mesh, evaluate=look, eval_every=int(np.gcd.reduce(stops)),
+    )  # fmt: skip
+    asked = np.zeros((0, curve[-1].shape[-1]), np.float32)
+    if ask is not None:
+        asked = predict(say, state.params, ask, mesh=mesh)
+    return curve[-1], asked, np.stack(curve), stops
 
 
 def answer(model: Model, params: Params, tables: Sequence[Table]) -> np.ndarray:

@@ -284,7 +284,7 @@ def _probe_rows(
             done.setdefault(runs[k][:2], []).append(learned.pick([j]))
     joined = {
         run: Learned(
-            np.concatenate([p.test for p in parts]), None,
+            np.concatenate([p.test for p in parts]), parts[0].ask,
             np.concatenate([p.curve for p in parts]), parts[0].steps,
         )
         for run, parts in done.items()
