@@ -223,7 +223,14 @@ def fit(
         watch = Watch(steps, feed, log, bar, meter, store, save_every, evaluate, eval_every)
         frozen, key = meshes.replicate(frozen, mesh), meshes.replicate(key, mesh)
         update = _program(make_step(objective, tx, micro=tune.micro, norms=True), where, mesh)
-        signals = stack.enter_context(Signals())
+        state = _loop(update, state, frozen, key, watch)
+    return dataclasses.replace(state, frozen=frozen)
+
+
+def _loop(update: Any, state: State, frozen: Tree, key: Array, watch: Watch) -> State:
+    """The updates that are left; ``state`` is consumed."""
+    first, steps, feed = int(state.step), watch.steps, watch.feed
+    with Signals() as signals:
         if not first:
             watch.look(0, dataclasses.replace(state, frozen=frozen))
         for step in range(first, steps):
@@ -237,7 +244,7 @@ def fit(
             if stop:
                 raise watch.interrupted(stop, step + 1)
         watch.flush()
-    return dataclasses.replace(state, frozen=frozen)
+    return state
 
 
 def _seed(key: Array) -> tuple[int, ...]:

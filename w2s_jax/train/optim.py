@@ -39,7 +39,7 @@ class Tune:
     steps: int = 0
     """Number of updates; overrides epochs when above 0."""
     optimizer: Literal["adam", "adamw", "adafactor", "muon", "sgd"] = "adamw"
-    """Update rule; muon uses Adam for whatever is not a hidden matrix."""
+    """Update rule; muon uses Nesterov Adam for whatever is not a hidden matrix."""
     b1: float = 0.9
     """Decay of the first moment in Adam."""
     b2: float = 0.999
@@ -145,7 +145,7 @@ def optimizer(
 
 
 def _muon(tune: Tune, rate: Callable[[Any], jax.Array], axes: Tree) -> optax.GradientTransformation:
-    """Muon on hidden matrices (Jordan 2024, width-scaled), Adam without decay on the rest."""
+    """Muon on hidden matrices (Jordan 2024, width-scaled), Nesterov Adam without decay elsewhere."""
     if axes is None:
         raise UserError("optimizer muon needs the logical axes of the weights; pass model.axes")
     return optax.contrib.muon(
