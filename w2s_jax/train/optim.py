@@ -145,7 +145,7 @@ def optimizer(
 
 
 def _muon(tune: Tune, rate: Callable[[Any], jax.Array], axes: Tree) -> optax.GradientTransformation:
-    """Muon on hidden matrices (Jordan 2024, width-scaled), Nesterov Adam without decay elsewhere."""
+    """Muon on hidden matrices (Jordan 2024, width-scaled), Nesterov Adam, undecayed, elsewhere."""
     if axes is None:
         raise UserError("optimizer muon needs the logical axes of the weights; pass model.axes")
     return optax.contrib.muon(
