@@ -110,6 +110,7 @@ PRESETS = {
 
 def run(cfg: Config, ctx: Context) -> Iterator[Row]:
     """Train every rung of every seed; yields one row per rung, checkpoint and difficulty."""
+    _check(cfg)
     out = Path(cfg.out) if cfg.out else ctx.workdir / "models"
     for seed in range(cfg.first, cfg.first + cfg.seeds):
         for name in cfg.rungs:
@@ -119,6 +120,19 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
             )
             make = lambda: train_rung(cfg, ctx, name, rung, seed, out)  # noqa: B023, E731
             yield from ctx.stage(f"rung-{name}", inputs, make)
+
+
+def _check(cfg: Config) -> None:
+    if not cfg.rungs:
+        raise UserError(f"--rungs needs a name: {', '.join(RUNGS)}, or one of your own")
+    if cfg.test < 1 or cfg.first < 0:
+        raise UserError(
+            f"--test must be at least 1, --first at least 0, got {cfg.test}, {cfg.first}"
+        )
+    if not all(0 < share <= 1 for share in cfg.marks):
+        raise UserError(f"--marks must be above 0 and at most 1, got {cfg.marks}")
+    if not (cfg.tokens > 0 and cfg.scale > 0):
+        raise UserError(f"--tokens and --scale must be above 0, got {cfg.tokens}, {cfg.scale}")
 
 
 def _rung(cfg: Config, name: str) -> Rung:

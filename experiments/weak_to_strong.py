@@ -188,6 +188,12 @@ def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
         tasks.load(cfg.task, seed=seed, data=cfg.data, train=cfg.train, test=rows, dev=2)
         for seed in range(cfg.seeds)
     ]
+    for side in sides:
+        if cfg.length > side.body.config.max_length:
+            most = side.body.config.max_length
+            raise UserError(
+                f"{side.name} reads at most {most} tokens: give --length {most} or less"
+            )
     splits = w2s.readable(splits, [side.tokenizer for side in sides], cfg.length)
     for side in {side.tokenizer.digest(): side for side in sides}.values():
         ctx.say(f"{side.name} reads {cfg.task}:\n{inspect(splits[0], side.tokenizer)}")
@@ -217,6 +223,13 @@ def _check(cfg: Config) -> None:
                 raise UserError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")
     if not cfg.weak or not cfg.strong or not cfg.losses:
         raise UserError("--weak, --strong and --losses each need at least one name")
+    for name, least in dict(train=2, test=2, dev=2, length=2, points=1, repeats=0).items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(cfg, name)}")
+    if not cfg.shares or not all(0 < share <= 1 for share in cfg.shares):
+        raise UserError(f"--shares must be above 0 and at most 1, got {cfg.shares}")
+    if not 0 <= cfg.drop < 1:
+        raise UserError(f"--drop must be at least 0 and below 1, got {cfg.drop}")
 
 
 def _chain(cfg: Config, sides: dict[str, Side], pair: tuple[Side, Side]) -> list[Side]:
@@ -322,25 +335,30 @@ def _figures_of_pairs(pairs: list[Row], folder: Path) -> list[Path]:
             weak = size | dict(size=r["weak_size"], labels="truth (supervisor)")
             sizes += [weak | dict(accuracy=r["weak_accuracy"])]
     unique = {tuple(sorted(s.items())): s for s in sizes}
-    return [
+    paths = [
         figures.lines(list(unique.values()), "size", "accuracy", hue="labels", panel="weak",
                       path=folder / "accuracy_by_size.png", title="Accuracy by student size",
                       xlabel="weights of the body", ylabel="test accuracy", logx=True),
-        figures.bars([r for r in pairs if np.isfinite(r["pgr"])], "pair", "pgr", hue="loss",
-                     error=median_interval, path=folder / "pgr.png",
-                     title="Performance gap recovered (median over seeds)", ylabel="PGR",
-                     references={"supervisor": 0.0, "ceiling": 1.0}),
-        figures.scatter([r for r in pairs if np.isfinite(r["pgr"])], "gap", "pgr", hue="loss",
-                        style="pair", path=folder / "pgr_by_gap.png", title="PGR against the gap",
-                        xlabel="ceiling - weak accuracy", ylabel="PGR"),
         figures.bars(
             [dict(pair=r["pair"], seed=r["seed"], on=on, share=r[key]) for r in pairs
-             if r["loss"] == "naive"
+             if r["loss"] == pairs[0]["loss"]
              for on, key in (("all rows", "agreement"), ("supervisor's errors", "error_agreement"),
                              ("its errors, ceiling", "ceiling_error_agreement"))],
             "pair", "share", hue="on", path=folder / "agreement.png",
-            title="Agreement with the supervisor (naive loss)", ylabel="share of rows"),
+            title=f"Agreement with the supervisor ({pairs[0]['loss']} loss)",
+            ylabel="share of rows"),
     ]  # fmt: skip
+    if known := [r for r in pairs if np.isfinite(r["pgr"])]:  # no gap anywhere: nothing to recover
+        paths += [
+            figures.bars(known, "pair", "pgr", hue="loss", error=median_interval,
+                         path=folder / "pgr.png", ylabel="PGR",
+                         title="Performance gap recovered (median over seeds)",
+                         references={"supervisor": 0.0, "ceiling": 1.0}),
+            figures.scatter(known, "gap", "pgr", hue="loss", style="pair",
+                            path=folder / "pgr_by_gap.png", title="PGR against the gap",
+                            xlabel="ceiling - weak accuracy", ylabel="PGR"),
+        ]  # fmt: skip
+    return paths
 
 
 def _figures_of_training(rows: list[Row], folder: Path) -> list[Path]:

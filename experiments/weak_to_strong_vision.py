@@ -218,6 +218,8 @@ def _check(cfg: Config) -> None:
         raise UserError("--losses, --lrs and --sides need one entry each at least")
     if cfg.dev == 0 and len(cfg.lrs) > 1:
         raise UserError("--dev 0 leaves nothing to choose a learning rate on: give one in --lrs")
+    for lr in cfg.lrs:
+        replace(cfg.tune, lr=lr)  # refuses a rate that is none
     if min(cfg.train // 2, cfg.test, cfg.dev + 1, cfg.points, cfg.filters) < 1:
         raise UserError("--train (2 or more), --test, --points, --filters must be above 0")
 
@@ -334,13 +336,15 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     dots = partial(draw.scatter, hue="learner", panel="weak", diagonal=True)
     recovered = partial(bars, students, y="pgr", error=median_interval, references={"ceiling": 1.0})
     agrees = partial(dots, students, x="accuracy", y="agreement", xlabel="test accuracy")
-    return [
+    paths = [
         bars(score, y="accuracy", ylabel="test accuracy", path=folder / "accuracy.png"),
-        recovered(ylabel="PGR, median over seeds", path=folder / "pgr.png"),
         lines(curve, x="step", xlabel="updates", path=folder / "curves.png"),
         agrees(ylabel="agreement with the supervisor", path=folder / "agreement.png"),
         lines(rates, x="lr", xlabel="learning rate", logx=True, path=folder / "rates.png"),
     ]
+    if any(np.isfinite(row["pgr"]) for row in students):  # else no gap, nothing to recover
+        paths.append(recovered(ylabel="PGR, median over seeds", path=folder / "pgr.png"))
+    return paths
 
 
 def summary(rows: list[Row]) -> list[Row]:

@@ -279,7 +279,7 @@ OTHERS: dict[str, Case] = {
     "vision: an array is missing": (pictures(lambda a: a.pop("y_test")), ("y_test",)),
     "vision: labels of another length": (
         pictures(lambda a: a.update(y_train=a["y_train"][:-1])),
-        ("own.npz", "100", "99"),
+        ("own.npz", "y_train", "100", "99"),
     ),
     "vision: pictures without a side": (
         pictures(lambda a: a.update(x_train=a["x_train"].reshape(100, 64))),

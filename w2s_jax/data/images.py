@@ -49,6 +49,8 @@ def pictures(path: str | Path, train: int, test: int) -> tuple[np.ndarray, np.nd
     """
     if str(path):
         found = arrays(path, ("x_train", "y_train", "x_test", "y_test"))
+        for part in ("train", "test"):
+            _pair(str(path), part, found[f"x_{part}"], found[f"y_{part}"])
         first = draw(len(found["y_train"]), train, f"{path} (x_train)")
         last = draw(len(found["y_test"]), test, f"{path} (x_test)")
         images = np.concatenate([found["x_train"][first], found["x_test"][last]])
@@ -65,3 +67,18 @@ def pictures(path: str | Path, train: int, test: int) -> tuple[np.ndarray, np.nd
     images /= max(images[:train].max(), 1e-6)  # a scale that no test picture has a say in
     images = images[..., None] if images.ndim == 3 else images
     return images, truth.astype(np.int32).reshape(-1)
+
+
+def _pair(path: str, part: str, images: np.ndarray, truth: np.ndarray) -> None:
+    if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
+        raise UserError(
+            f"{path}: x_{part} must be numbers [N,H,W] or [N,H,W,C], got {images.dtype} "
+            f"{list(images.shape)}"
+        )
+    if truth.size != len(images) or truth.dtype.kind not in "ui" or (truth < 0).any():
+        raise UserError(
+            f"{path}: y_{part} must be {len(images)} class numbers from 0, one per picture, got "
+            f"{truth.dtype} {list(truth.shape)}"
+        )
+    if not np.isfinite(images).all():
+        raise UserError(f"{path}: x_{part} has values that are NaN or infinite")
