@@ -125,12 +125,8 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
 def _check(cfg: Config) -> None:
     if not cfg.rungs:
         raise UserError(f"--rungs needs a name: {', '.join(RUNGS)}, or one of your own")
-    if cfg.test < 1 or cfg.first < 0:
-        raise UserError(
-            f"--test must be at least 1, --first at least 0, got {cfg.test}, {cfg.first}"
-        )
-    if not all(0 < share <= 1 for share in cfg.marks):
-        raise UserError(f"--marks must be above 0 and at most 1, got {cfg.marks}")
+    if cfg.test < 1 or not all(0 < share <= 1 for share in cfg.marks):
+        raise UserError("--test must be at least 1, --marks above 0 and at most 1")
     if not (cfg.tokens > 0 and cfg.scale > 0):
         raise UserError(f"--tokens and --scale must be above 0, got {cfg.tokens}, {cfg.scale}")
 
