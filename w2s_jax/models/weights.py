@@ -245,6 +245,7 @@ def write(folder: Path, config: Config, params: Params, dtype: Any, max_shard: i
     for file, names in zip(files, shards, strict=True):
         content = dict(next(source) for _ in names)
         save_file(content, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library leaves it readable by its owner alone
     if count > 1:
         where = {name: f for f, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
