@@ -105,6 +105,13 @@ def test_likelihood_features_by_hand():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_an_empty_mask_has_no_surprise_and_no_gradient():
+    nll, mask = jnp.ones((2, 3)), jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    value, grads = jax.value_and_grad(lambda x: heads.surprise(x, mask).sum())(nll)
+    assert jnp.isfinite(value) and not heads.surprise(nll, mask)[1].any()
+    assert (grads[0, :2] > 0).all() and not grads[0, 2] and not grads[1].any()
+
+
 def test_likelihood_logits_by_hand_on_a_uniform_body():
     model = heads.classifier(body(), feature="likelihood")
     params = model.init(jax.random.key(0))

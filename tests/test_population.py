@@ -68,6 +68,9 @@ def test_runs_equal_separate_fits(mode, params, tables, fitted):
     assert len(got) == 3 and got.failed == ()
     kernel = fitted["head"]["kernel"]
     assert not np.allclose(kernel[0], kernel[1], atol=1e-3)
+    if mode != "serial":  # a head at zero knows nothing, and learns
+        same(got.metrics["loss"][:, 0], np.full(3, np.log(CLASSES)))
+        assert (got.metrics["loss"][:, -1] < np.log(CLASSES)).all()
 
 
 @pytest.mark.parametrize(("devices", "runs"), [(2, 3), (8, 11), (8, 1)])
