@@ -53,6 +53,14 @@ def label_probe(
 
 
 def most_agreeing(probe: np.ndarray, labels: np.ndarray, keep: int) -> np.ndarray:
-    """The ``keep`` rows, in order, on which two label columns [N,C] differ least (ties: earlier)."""
+    """The rows on which two label columns [N,C] differ least: ``keep`` indices, ascending.
+
+    Of rows that differ equally the earlier are kept.
+
+    Raises:
+      UserError: ``keep`` is not between 1 and N.
+    """
+    if not 1 <= keep <= len(labels):
+        raise UserError(f"filtering by a label probe: cannot keep {keep} of {len(labels)} rows")
     distance = np.abs(probe - labels).sum(-1)
     return np.sort(np.argsort(distance, kind="stable")[:keep])
