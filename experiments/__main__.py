@@ -29,7 +29,8 @@ def papers(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_main(node: ast.AST) -> TypeGuard[ast.Call]:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "main"
+    """``main(...)`` or ``cli.main(...)``."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("main", "cli.main")
 
 
 def show() -> None:

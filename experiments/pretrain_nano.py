@@ -397,20 +397,17 @@ def figure_ladder(rows: list[Row], folder: Path) -> list[Path]:
     """Held-out accuracy against training tokens, per rung, over its intermediate checkpoints."""
     if not rows:
         return []
-    path = folder / "ladder.png"
-    mean = [dict(r, accuracy=float(r["accuracy"])) for r in rows]
+    told: dict[tuple, list[float]] = {}
+    for r in rows:
+        told.setdefault((r["rung"], r["seed"], r["tokens"]), []).append(float(r["accuracy"]))
+    means = [
+        dict(rung=rung, seed=seed, tokens=tokens, accuracy=float(np.mean(values)))
+        for (rung, seed, tokens), values in told.items()
+    ]
+    words = "held-out greedy accuracy, mean over 1 to 5 steps"
+    look = figures.Look(title="The nano ladder", xlabel="training tokens", ylabel=words, logx=True)
     return [
-        figures.lines(
-            mean,
-            x="tokens",
-            y="accuracy",
-            hue="rung",
-            path=path,
-            title="The nano ladder",
-            xlabel="training tokens",
-            ylabel="held-out greedy accuracy, mean over 1 to 5 steps",
-            logx=True,
-        )
+        figures.lines(means, "tokens", "accuracy", hue="rung", path=folder / "ladder.png", **look)
     ]
 
 

@@ -72,7 +72,8 @@ def test_tiny_preset_keeps_the_promises(name, environment, tmp_path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary.keys() == {"paper", "preset", "minutes", "claims", "figures"}
     assert (summary["paper"], summary["preset"]) == (name, "tiny")
-    assert summary["claims"] and summary["figures"]
+    assert summary["figures"]
+    assert summary["claims"] or name == "pretrain_nano"  # one rung is no ladder yet
     for claim in summary["claims"]:
         check_claim(claim)
         assert claim["name"] in shown
@@ -112,9 +113,11 @@ def test_a_killed_run_ends_with_the_same_rows(name, environment, tmp_path) -> No
 def test_help_explains_every_flag(name, environment) -> None:
     tree = ast.parse((ROOT / "experiments" / f"{name}.py").read_text(encoding="utf8"))
     (config,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    told = []
     for field, text in zip(config.body, [*config.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(text, ast.Expr), f"{ast.unparse(field)} has no docstring"
+            told.append(ast.literal_eval(text.value))
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", "--help"],
         cwd=ROOT,
@@ -125,9 +128,7 @@ def test_help_explains_every_flag(name, environment) -> None:
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout and "--preset tiny" in done.stdout
     words = " ".join(re.sub("[│╭╰─]", " ", done.stdout).split())
-    for field in config.body:
-        if isinstance(field, ast.Expr) and isinstance(field.value, ast.Constant):
-            assert " ".join(str(field.value.value).split()[:4]) in words
+    assert all(" ".join(text.split()[:4]) in words for text in told)
 
 
 def test_the_list_names_every_paper_without_importing_one() -> None:
