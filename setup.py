@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["w2s_jax*", "experiments*"]),
-    package_data={"w2s_jax": ["py.typed"], "w2s_jax.nano": ["**/*"]},
+    package_data={"w2s_jax": ["py.typed", "nano/**/*"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",
