@@ -7,7 +7,7 @@ ceiling), a supervisor's (student), a student's (bootstrapping, strong-to-strong
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -21,13 +21,14 @@ from w2s_jax.data.tasks import Splits
 from w2s_jax.errors import UserError
 from w2s_jax.losses.classification import soft_xent
 from w2s_jax.models import hf
-from w2s_jax.models.heads import attach, classifier, features, linear
+from w2s_jax.models.heads import Head, attach, classifier, features, linear
 from w2s_jax.objectives import classify, language
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.population import one_of, population
-from w2s_jax.types import Array, Batch, Model, Params, State, Table, Tree
+from w2s_jax.types import Array, Batch, Model, Objective, Params, State, Table, Tree
+from w2s_jax.workdir import digest
 
 CHUNK = 100  # rows of a test set scored at once inside a population program
 SERIAL = 200_000_000  # weights above which runs follow one another, sharded over the mesh
@@ -54,9 +55,11 @@ class Side:
         return self.model.config.body
 
     def digest(self) -> str:
-        """Content hash of weights, tokenizer and head: the key of cached stages."""
-        reads = getattr(self.model.config, "feature", self.model.config)
-        return f"{hf.fingerprint(self.params)}-{self.tokenizer.digest()}-{reads}"
+        """Content hash of weights, architecture, tokenizer and head: the key of cached stages."""
+        head = self.model.config
+        if isinstance(head, Head):
+            head = (head.body.config, head.classes, head.feature, head.probe)
+        return f"{hf.fingerprint(self.params)}-{self.tokenizer.digest()}-{digest(head)}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,13 @@ class Learned:
     def pick(self, runs: Sequence[int] | np.ndarray) -> Learned:
         """Some of the runs."""
         return Learned(self.test[runs], self.ask[runs], self.curve[runs], self.steps)
+
+
+def join(parts: Sequence[Learned]) -> Learned:
+    """The runs of all parts, one after another; of one length and looked at equally often."""
+    names = ("test", "ask", "curve")
+    whole = {name: np.concatenate([getattr(one, name) for one in parts]) for name in names}
+    return Learned(**whole, steps=parts[0].steps)
 
 
 def side(name: str, *, feature: str = "last", mesh: Any = None) -> Side:
@@ -103,32 +113,48 @@ def _classifier(body: Model, feature: str) -> Model:
 def readable(
     splits: Sequence[Splits], tokenizers: Sequence[Tokenizer], length: int
 ) -> list[Splits]:
-    """Splits without the rows that some tokenizer makes longer than ``length``, and all seeds'
-    splits of one size (the shortest), so that runs are one program and rows stay aligned.
+    """Splits whose rows every tokenizer keeps within ``length`` tokens, with BOS and EOS.
+
+    The rows that are left are balanced again and cut to what the seed with the fewest has, so that
+    all seeds are one program and rows stay aligned between tokenizers. ``dev`` is left alone: the
+    study stops on rows of ``test``.
 
     Raises:
-      UserError: nothing is left.
+      UserError: a split without a readable row of some class.
     """
     distinct = list({t.digest(): t for t in tokenizers}.values())
+    parts = {}
+    for name in ("train", "transfer", "test"):
+        tables = [getattr(one, name) for one in splits]
+        rows = [_readable_rows(table, distinct, length) for table in tables]
+        most = min(len(side) for sides in rows for side in sides)
+        if most == 0:
+            raise UserError(
+                f"split {name!r} has no row of some class in {length} tokens; raise --length"
+            )
+        kept = [np.sort(np.concatenate([side[:most] for side in sides])) for sides in rows]
+        parts[name] = [table.take(index) for table, index in zip(tables, kept, strict=True)]
+    return [
+        replace(one, **{name: tables[i] for name, tables in parts.items()})
+        for i, one in enumerate(splits)
+    ]
 
-    def short(table: Table) -> Table:
-        texts = [p + r for p, r in zip(table["prompt"], table["response"], strict=True)]
-        kept = np.ones(len(table), bool)
-        for tokenizer in distinct:
-            kept &= np.array([len(ids) + 2 <= length for ids in tokenizer.encode_ids(texts)])
-        return table.take(kept)
 
-    names = ("train", "transfer", "dev", "test")
-    kept = [{name: short(getattr(one, name)) for name in names} for one in splits]
-    sizes = {name: min(len(one[name]) for one in kept) for name in names}
-    for name, size in sizes.items():
-        if size == 0:
-            raise UserError(f"no row of split {name!r} fits in {length} tokens; raise --length")
-    return [Splits(**{n: one[n].take(np.arange(sizes[n])) for n in names}) for one in kept]
+def _readable_rows(table: Table, tokenizers: Sequence[Tokenizer], length: int) -> list[np.ndarray]:
+    """The rows of each class that are short enough for every tokenizer."""
+    texts = [p + r for p, r in zip(table["prompt"], table["response"], strict=True)]
+    kept = np.ones(len(table), bool)
+    for tokenizer in tokenizers:
+        kept &= np.array([len(ids) + 2 <= length for ids in tokenizer.encode_ids(texts)])
+    return [np.flatnonzero(kept & (np.asarray(table["truth"]) == side)) for side in (0, 1)]
 
 
 def tokenised(tables: Sequence[Table], tokenizer: Tokenizer, length: int) -> list[Table]:
-    """Each table as token columns, equal columns between seeds kept as they are."""
+    """Each table with token columns ``length`` wide.
+
+    Raises:
+      UserError: a row of more tokens (see ``readable``), and what ``text.tokenise`` raises.
+    """
     return [text.tokenise(table, tokenizer, length=length, on_long="error") for table in tables]
 
 
@@ -142,7 +168,7 @@ def learn(
     ask: Sequence[Table] | None = None,
     losses: Sequence[Callable[..., Array]] = (soft_xent,),
     which: Sequence[int] | None = None,
-    rows: Any = None,
+    rows: np.ndarray | None = None,
     points: int = 1,
     devices: Sequence[Any] | None = None,
     mesh: Any = None,
@@ -156,18 +182,24 @@ def learn(
       ask: [S] further rows to label once trained.
       losses, which: run i trains with ``losses[which[i]]``; all in one program.
       rows: [S,n] rows of each table to train on; default all.
+      devices: where the runs are spread; default all local ones.
+      mesh: what each run of a model above ``SERIAL`` weights is sharded over.
+
+    Raises:
+      UserError: a run that became NaN, and what ``population`` raises.
     """
     chosen = np.zeros(len(seeds), np.int32) if which is None else np.asarray(which, np.int32)
     objective = _objective(given.model, tuple(losses))
     ask = [] if ask is None else ask
     if given.size > SERIAL:
-        runs = [
-            _one(given, objective({"loss": int(chosen[i])}), table, tune, seed, test,
-                 ask[i] if ask else None, points, mesh)
-            for i, (table, seed) in enumerate(zip(_rows(tables, rows), seeds, strict=True))
-        ]  # fmt: skip
-        tests, asked, curves, steps = zip(*runs, strict=True)
-        return Learned(np.stack(tests), np.stack(asked), np.stack(curves), steps[0])
+        starts = _starts(given, len(seeds))
+        parts = [
+            _one(start, objective({"loss": int(loss)}), table, tune, seed, test, more, points, mesh)
+            for start, loss, table, seed, more in zip(
+                starts, chosen, _rows(tables, rows), seeds, ask or [None] * len(seeds), strict=True
+            )
+        ]
+        return join(parts)
     done = population(
         objective,
         given.params,
@@ -192,7 +224,7 @@ def learn(
     return Learned(curve[:, -1], asked, curve, done.steps)
 
 
-def _rows(tables: Sequence[Table], rows: Any) -> list[Table]:
+def _rows(tables: Sequence[Table], rows: np.ndarray | None) -> list[Table]:
     if rows is None:
         return list(tables)
     return [table.take(chosen) for table, chosen in zip(tables, rows, strict=True)]
@@ -202,15 +234,28 @@ def _nothing(curve: np.ndarray) -> np.ndarray:
     return np.zeros((len(curve), 0, curve.shape[-1]), np.float32)
 
 
+def _starts(given: Side, runs: int) -> Iterator[Side]:
+    """The side that each run starts from."""
+    for i in range(runs):
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], given.params) if given.stacked else None
+        yield given if mine is None else replace(given, params=mine, stacked=False)
+
+
 def _one(
-    given: Side, objective: Any, table: Table, tune: Tune, seed: int, test: Table,
-    ask: Table | None, points: int, mesh: Any,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """One run of a large model, sharded over ``mesh``: test, ask, curve, steps as in Learned."""
-    say = _say(given.model)
-    steps = tune.total(len(table))
+    given: Side,
+    objective: Objective,
+    table: Table,
+    tune: Tune,
+    seed: int,
+    test: Table,
+    ask: Table | None,
+    points: int,
+    mesh: Any,
+) -> Learned:
+    """One run of a large model, sharded over ``mesh``."""
+    say, steps = _say(given.model), tune.total(len(table))
     stops = np.round(np.linspace(0, steps, points + 1)).astype(int)[1:]
-    curve = []
+    curve: list[np.ndarray] = []
 
     def look(state: State) -> dict[str, float]:
         if int(state.step) in stops:
@@ -218,13 +263,19 @@ def _one(
         return {}
 
     state = fit(
-        objective, given.params, table, tune, jax.random.key(seed), axes=given.model.axes,
-        mesh=mesh, evaluate=look, eval_every=int(np.gcd.reduce(stops)),
-    )  # fmt: skip
-    asked = np.zeros((0, curve[-1].shape[-1]), np.float32)
-    if ask is not None:
-        asked = predict(say, state.params, ask, mesh=mesh)
-    return curve[-1], asked, np.stack(curve), stops
+        objective,
+        given.params,
+        table,
+        tune,
+        jax.random.key(seed),
+        axes=given.model.axes,
+        mesh=mesh,
+        evaluate=look,
+        eval_every=int(np.gcd.reduce(stops)),
+    )
+    seen = np.stack(curve)[None]
+    asked = _nothing(seen) if ask is None else predict(say, state.params, ask, mesh=mesh)[None]
+    return Learned(seen[:, -1], asked, seen, stops)
 
 
 def answer(model: Model, params: Params, tables: Sequence[Table]) -> np.ndarray:
@@ -270,12 +321,13 @@ def adapt(given: Side, tables: Sequence[Table], tune: Tune, seeds: Sequence[int]
 
     Burns et al. 2023 (reward modelling): both good and bad responses, before any weak label. Run
     i reads ``tables[i]``, so the result is a stacked side. The whole text is trained on.
+
+    Raises:
+      UserError: a run that became NaN.
     """
     body = given.body
     texts = [_as_text(table) for table in tables]
-    done = population(
-        _language(body), given.params["body"], texts, tune, seeds, axes=body.axes
-    )  # fmt: skip
+    done = population(_language(body), given.params["body"], texts, tune, seeds, axes=body.axes)
     if done.failed:
         raise UserError(
             f"{given.name}: generative runs {list(done.failed)} became NaN; lower its lr"
