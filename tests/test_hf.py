@@ -216,6 +216,22 @@ def test_export_replaces_a_model_and_keeps_the_old_one_on_failure(tmp_path):
     assert _equal(hf.load(place)[1], second) and list(tmp_path.iterdir()) == [place]
 
 
+def test_a_disk_that_writes_other_bits_is_noticed(tmp_path, monkeypatch):
+    place, write = tmp_path / "m", weights.write
+
+    def faulty(folder, *arguments):
+        write(folder, *arguments)
+        path = folder / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(weights, "write", faulty)
+    with pytest.raises(UserError, match="does not read back"):
+        _saved(place)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_configs_go_both_ways():
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
     for config in (
