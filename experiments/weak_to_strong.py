@@ -40,9 +40,9 @@ from w2s_jax.losses.classification import (
 from w2s_jax.metrics.gap import median_pgr
 from w2s_jax.metrics.statistics import claim, interval, median_interval
 from w2s_jax.pipelines import weak_to_strong as w2s
-from w2s_jax.pipelines import weak_to_strong_study as blocks
+from w2s_jax.pipelines import weak_to_strong_blocks as blocks
+from w2s_jax.pipelines.study import Study
 from w2s_jax.pipelines.weak_to_strong import Side
-from w2s_jax.pipelines.weak_to_strong_study import Study
 from w2s_jax.record import Context
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Row
@@ -93,7 +93,7 @@ class Config:
     """Rows for the reported numbers, the same for all seeds and models."""
     dev: int = 200
     """Further rows on which stopping points are chosen."""
-    length: int = 136
+    length: int = 96
     """Longest row in tokens; longer ones are left out for all models."""
     weak_tune: Tune = field(default_factory=lambda: _tune(2e-3))
     """How supervisors are trained."""
@@ -103,7 +103,7 @@ class Config:
     """How linear probes are trained."""
     text_tune: Tune = field(default_factory=lambda: replace(_tune(1e-4), epochs=1))
     """How the generative fine-tuning of the block "methods" is done."""
-    points: int = 12
+    points: int = 6
     """Points of the training curves."""
     chain: tuple[str, ...] = ()
     """Intermediate models of bootstrapping, small to large; default: what --weak and --strong have
@@ -199,6 +199,7 @@ def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
         ctx.say(f"{side.name} reads {cfg.task}:\n{inspect(splits[0], side.tokenizer)}")
     dev = min(cfg.dev, len(splits[0].test) // 4)
     return Study(
+        ctx=ctx,
         splits=splits,
         seeds=range(cfg.seeds),
         dev=dev,
@@ -207,7 +208,6 @@ def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
         strong_tune=cfg.strong_tune,
         losses=LOSSES,
         points=cfg.points,
-        stage=ctx.stage,
         mesh=mesh.make_mesh(ctx.mesh) if ctx.mesh else None,
     )
 

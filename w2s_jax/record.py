@@ -64,6 +64,10 @@ class Context:
         """
         return files.cached(self.folder(name, inputs), make, self.say, self.writes)
 
+    def kept(self, name: str, inputs: dict[str, Any]) -> bool:
+        """Whether ``stage`` would find this value on disk."""
+        return any(self.folder(name, inputs).glob("artefact.*"))
+
     def say(self, text: str) -> None:
         """Print one line at once, unless the run is quiet."""
         if not self.quiet:
