@@ -42,7 +42,6 @@ def compare(
         peak = curve[_best_on_dev(study, student.curve[i])]
         yield dict(
             block=block,
-            **extra,
             weak=weak.name,
             student=strong.name,
             weak_size=weak.size,
