@@ -8,9 +8,10 @@ that another loss or block never repeats what is there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from w2s_jax.data.tasks import Splits
@@ -138,6 +139,9 @@ class Study:
         every = np.tile(np.arange(parts[0].count), (len(self.seeds), 1))
         chosen = [every if lesson.rows is None else lesson.rows for lesson in parts]
         size = len(self.seeds)
+        if side.stacked:  # each seed's own start, once per lesson
+            params = jax.tree.map(lambda leaf: np.concatenate([leaf] * len(parts)), side.params)
+            side = replace(side, params=params)
         done = w2s.learn(
             side,
             [table for lesson in parts for table in lesson.tables],
