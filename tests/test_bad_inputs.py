@@ -138,7 +138,7 @@ DATA: dict[str, Case] = {
     "all rows are one row": (lambda world: world.own_task(rows(1) * 90), ("too few",)),
     "train stands in test": (_same_everywhere, ("too few",)),
     "too few rows": (lambda world: world.own_task(rows(6)), ("too few",)),
-    "no text fits": (_long, ("fits", "--length")),
+    "no text fits": (_long, ("64 tokens", "--length")),
 }
 
 
