@@ -19,7 +19,7 @@ from w2s_jax.pipelines import weak_to_strong as w2s
 from w2s_jax.pipelines.weak_to_strong import Learned, Side
 from w2s_jax.record import Context
 from w2s_jax.train.optim import Tune
-from w2s_jax.types import Array, Table
+from w2s_jax.types import Array, Table, Tree
 
 Losses = dict[str, Callable[..., Array]]
 Key = tuple[str, str]  # whose labels, which loss
@@ -105,7 +105,7 @@ class Study:
             )
             for key, lesson in lessons.items()
         }
-        stage = "learn-" + "".join(c if c.isalnum() else "_" for c in side.name)[-40:]
+        stage = _stage("learn", side)
         made: dict[Any, Learned] = {}
 
         def learnt(key: Any) -> dict[str, Any]:
@@ -123,6 +123,23 @@ class Study:
             key: Learned(**self.ctx.stage(stage, inputs[key], lambda key=key: learnt(key)))
             for key in lessons
         }
+
+    def adapt(self, side: Side, tables: Sequence[Table], tune: Tune) -> Side:
+        """Generative fine-tuning (see ``adapt``) as a kept stage: run i reads the text of
+        ``tables[i]``, never its labels."""
+        texts = [table.without("truth", "label") for table in tables]
+        inputs = dict(
+            side=side.digest(),
+            texts=[table.digest() for table in texts],
+            tune=tune,
+            seeds=list(self.seeds),
+        )
+
+        def make() -> Tree:
+            return w2s.adapt(side, texts, tune, self.seeds).params
+
+        params = self.ctx.stage(_stage("adapt", side), inputs, make)
+        return replace(side, params=params, stacked=True)
 
     def _learn(
         self,
@@ -158,6 +175,11 @@ class Study:
         return {
             key: done.pick(np.arange(k * size, (k + 1) * size)) for k, key in enumerate(lessons)
         }
+
+
+def _stage(name: str, side: Side) -> str:
+    """A stage and a model's name as the beginning of a folder's."""
+    return f"{name}-" + "".join(c if c.isalnum() else "_" for c in side.name)[-40:]
 
 
 def supervise(study: Study, weak: Side) -> Learned:

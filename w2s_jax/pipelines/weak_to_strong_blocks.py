@@ -82,8 +82,7 @@ def bootstrap(study: Study, chain: Sequence[Side], repeats: int) -> Iterator[Row
 def generative(study: Study, weak: Side, strong: Side, tune: Tune) -> Iterator[Row]:
     """Language modelling on the unlabelled transfer text first, for the student and the ceiling."""
     taught = supervise(study, weak)
-    texts = [table.without("truth", "label") for table in study.tokens(strong, "transfer")]
-    tuned = w2s.adapt(strong, texts, tune, study.seeds)
+    tuned = study.adapt(strong, study.tokens(strong, "transfer"), tune)
     done = students(study, tuned, {weak.name: taught.ask, TRUTH: None})
     runs = (taught, done[weak.name, "naive"], done[CEILING])
     yield from compare(study, "methods", (weak, strong), "naive", runs, method="generative")
