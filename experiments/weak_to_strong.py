@@ -75,11 +75,11 @@ class Config:
     """Folder with <task>.jsonl(.gz), .parquet, ..., or one such file; default: the hub."""
     weak: tuple[str, ...] = ("nano-1", "nano-2")
     """Supervisors: Hugging Face folders, hub ids, or nano-1 .. nano-4."""
-    strong: tuple[str, ...] = ("nano-3", "nano-4")
+    strong: tuple[str, ...] = ("nano-2", "nano-3")
     """Students: as --weak; each learns from every smaller supervisor."""
     losses: tuple[str, ...] = ("naive", "confidence")
     """Of naive, confidence, confidence_75, logconf, product, entropy, window."""
-    blocks: tuple[str, ...] = BLOCKS
+    blocks: tuple[str, ...] = ("transfer", "features", "probes")
     """What to run: transfer (all pairs), features (three kinds of head), methods (bootstrapping,
     strong-to-strong, generative fine-tuning), probes (linear probes, label filters), labels (how
     many weak labels), errors (random against systematic)."""
@@ -383,7 +383,7 @@ def _figures_of_training(rows: list[Row], folder: Path) -> list[Path]:
     return [
         figures.lines(curve, "step", "value", hue="what", path=folder / "training.png",
                       title=f"Over training, {names}", xlabel="updates",
-                      ylabel="share of test rows", references={"weak accuracy": level}),
+                      ylabel="share of test rows", ylim=(0.4, 1.02), references={"weak accuracy": level}),
         figures.reliability_diagram(bins, hue="who", path=folder / "reliability.png",
                                     title=f"Calibration, {names}"),
         figures.bars(
