@@ -183,9 +183,11 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
 
 def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
     """The data of all seeds, readable by every tokenizer, inspected and printed."""
-    rows = cfg.dev + cfg.test
+    limits = dict(train=cfg.train, transfer=cfg.train, test=cfg.dev + cfg.test)
+    spare = 1.2 if cfg.task == "arithmetic" else 4  # for the rows that are too long
+    train, test = round(cfg.train * spare), round(limits["test"] * spare)
     splits = [
-        tasks.load(cfg.task, seed=seed, data=cfg.data, train=cfg.train, test=rows, dev=2)
+        tasks.load(cfg.task, seed=seed, data=cfg.data, train=train, test=test, dev=2)
         for seed in range(cfg.seeds)
     ]
     for side in sides:
@@ -194,9 +196,13 @@ def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
             raise UserError(
                 f"{side.name} reads at most {most} tokens: give --length {most} or less"
             )
-    splits = w2s.readable(splits, [side.tokenizer for side in sides], cfg.length)
+    splits = w2s.readable(splits, [side.tokenizer for side in sides], cfg.length, limits)
+    seen = {name: getattr(splits[0], name) for name in limits}
     for side in {side.tokenizer.digest(): side for side in sides}.values():
-        ctx.say(f"{side.name} reads {cfg.task}:\n{inspect(splits[0], side.tokenizer)}")
+        ctx.say(f"{side.name} reads {cfg.task}:\n{inspect(seen, side.tokenizer)}")
+    few = {name: len(table) for name, table in seen.items() if len(table) < limits[name] - 1}
+    if few:
+        ctx.say(f"fewer rows than asked for fit in {cfg.length} tokens: {few}")
     dev = min(cfg.dev, len(splits[0].test) // 4)
     return Study(
         ctx=ctx,
@@ -383,7 +389,8 @@ def _figures_of_training(rows: list[Row], folder: Path) -> list[Path]:
     return [
         figures.lines(curve, "step", "value", hue="what", path=folder / "training.png",
                       title=f"Over training, {names}", xlabel="updates",
-                      ylabel="share of test rows", ylim=(0.4, 1.02), references={"weak accuracy": level}),
+                      ylabel="share of test rows", ylim=(0.4, 1.02),
+                      references={"weak accuracy": level}),
         figures.reliability_diagram(bins, hue="who", path=folder / "reliability.png",
                                     title=f"Calibration, {names}"),
         figures.bars(

@@ -111,13 +111,16 @@ def _classifier(body: Model, feature: str) -> Model:
 
 
 def readable(
-    splits: Sequence[Splits], tokenizers: Sequence[Tokenizer], length: int
+    splits: Sequence[Splits],
+    tokenizers: Sequence[Tokenizer],
+    length: int,
+    limits: Mapping[str, int] | None = None,
 ) -> list[Splits]:
     """Splits whose rows every tokenizer keeps within ``length`` tokens, with BOS and EOS.
 
     The rows that are left are balanced again and cut to what the seed with the fewest has, so that
-    all seeds are one program and rows stay aligned between tokenizers. ``dev`` is left alone: the
-    study stops on rows of ``test``.
+    all seeds are one program and rows stay aligned between tokenizers. ``limits`` are the most rows
+    per split (even; default all). ``dev`` is left alone: the study stops on rows of ``test``.
 
     Raises:
       UserError: a split without a readable row of some class.
@@ -128,6 +131,7 @@ def readable(
         tables = [getattr(one, name) for one in splits]
         rows = [_readable_rows(table, distinct, length) for table in tables]
         most = min(len(side) for sides in rows for side in sides)
+        most = min(most, (limits or {}).get(name, 2 * most) // 2)
         if most == 0:
             raise UserError(
                 f"split {name!r} has no row of some class in {length} tokens; raise --length"
