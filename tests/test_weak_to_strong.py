@@ -90,6 +90,17 @@ def test_a_longer_tokenizer_takes_rows_from_all() -> None:
     assert w2s.readable([table], both[::-1], length)[0].train.digest() == together.train.digest()
 
 
+def test_more_rows_than_asked_for_are_left_out() -> None:
+    both = [splits(0, long=5), splits(1, long=5)]
+    limits = dict(train=10, transfer=100)
+    found = w2s.readable(both, [arithmetic.tokenizer()], LENGTH, limits)
+    whole = w2s.readable(both, [arithmetic.tokenizer()], LENGTH)
+    for one, all_ in zip(found, whole, strict=True):
+        assert list(one.train["id"]) == list(all_.train["id"][:10]), "the first of each class"
+        assert np.bincount(one.train["truth"]).tolist() == [5, 5]
+        assert len(one.transfer) == len(all_.transfer) and len(one.test) == len(all_.test)
+
+
 def test_nothing_readable_is_one_line() -> None:
     with pytest.raises(UserError, match="split 'train' has no row of some class in 4 tokens"):
         w2s.readable([splits(0)], [arithmetic.tokenizer()], 4)

@@ -7,7 +7,7 @@ ceiling), a supervisor's (student), a student's (bootstrapping, strong-to-strong
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
