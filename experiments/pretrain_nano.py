@@ -16,14 +16,15 @@ import json
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from w2s_jax import cli, figures
-from w2s_jax.data import arithmetic
+from w2s_jax.annotate import predict, surprise
+from w2s_jax.data import arithmetic, tasks
 from w2s_jax.data.packing import pack
 from w2s_jax.errors import UserError
 from w2s_jax.generate.sample import complete
@@ -32,7 +33,7 @@ from w2s_jax.models.transformer import Config as Architecture
 from w2s_jax.models.transformer import flops_per_token, params_count, transformer
 from w2s_jax.objectives import language
 from w2s_jax.record import Context
-from w2s_jax.tokenizer import Tokenizer
+from w2s_jax.tokenizer import Tokenizer, train_bpe
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Model, Params, Row, State, Table
@@ -199,24 +200,44 @@ def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out:
         params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
         place = out / (f"{name}-seed{seed}" + ("" if share == 1.0 else f"-{share:g}"))
         here = about | {"share": share, "tokens": round(step / steps * rung.tokens)}
-        measured = _export(cfg, model, params, tokenizer, place, here)
-        rows.extend(here | {"steps": n, **values} for n, values in measured.items())
-        told = ", ".join(f"{n} steps {v['accuracy']:.2f}" for n, v in measured.items())
-        ctx.say(f"{place.name}: {told or 'exported'}")
+        found = _export(cfg, model, params, tokenizer, place, here)
+        told = ", ".join(
+            f"{r['steps']} steps {r['accuracy']:.2f}" if "steps" in r else f"{r['nll']:.3f} nats"
+            for r in found
+        )
+        ctx.say(f"{place.name}: {told}")
+        rows += found
     return rows
 
 
 def _export(
     cfg: Config, model: Model, params: Params, tokenizer: Tokenizer, folder: Path, about: Row
-) -> dict[int, dict[str, float]]:
-    """Write a rung as a Hugging Face folder with its card; its accuracies as read back."""
+) -> list[Row]:
+    """Write a rung as a Hugging Face folder with its card; what it reaches as read back."""
     from w2s_jax.models import hf
 
     hf.export(model, params, folder, tokenizer, dtype="bfloat16")
     read, weights, _ = hf.load(str(folder), dtype="float32")
+    about = about | {"fingerprint": hf.fingerprint(weights)}
     measured = accuracies(cfg, read, weights, tokenizer)
-    card(folder, cfg, model.config, about | {"sha256": hf.fingerprint(weights)}, measured)
-    return measured
+    if cfg.task != "arithmetic":
+        about["nll"] = held_out_nll(cfg, read, weights, tokenizer)
+    card(folder, cfg, model.config, about, measured)
+    words = {key: about[key] for key in ("rung", "seed", "params", "share", "tokens")}
+    if not measured:
+        return [words | {"nll": about["nll"]}]
+    return [words | {"steps": n, **values} for n, values in measured.items()]
+
+
+def held_out_nll(cfg: Config, model: Model, params: Params, tokenizer: Tokenizer) -> float:
+    """Nats per token of a task's test text, which no seed was trained on."""
+    splits = tasks.load(cfg.task, seed=0, data=cfg.data)
+    texts = [f"{row['prompt']}{row['response']}" for row in splits.test.rows()]
+    begin, end = _ends(tokenizer)
+    documents = [(begin + ids + end, None) for ids in tokenizer.encode_ids(texts)]
+    table = pack(documents, LENGTH, on_long="split")
+    said = predict(surprise(model), params, table, batch=64)
+    return float(said["nll"].sum() / said["tokens"].sum())
 
 
 def corpus(cfg: Config, rung: Rung, seed: int) -> tuple[Table, Tokenizer]:
@@ -246,37 +267,12 @@ def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _task_text(cfg: Config, seed: int) -> tuple[list[tuple[str, str]], Tokenizer]:
-    from w2s_jax.data import tasks
-
     splits = tasks.load(cfg.task, seed=seed, data=cfg.data)
     rows = [row for part in (splits.train, splits.transfer) for row in part.rows()]
     pairs = [(str(row["prompt"]), str(row["response"])) for row in rows]
     if cfg.tokenizer:
         return pairs, Tokenizer.load(cfg.tokenizer)
     return pairs, train_bpe([a + b for a, b in pairs], cfg.vocab)
-
-
-def train_bpe(texts: list[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of ``vocab`` tokens: it can encode any text.
-
-    Raises:
-      UserError: ``vocab`` below the 256 bytes and the three special tokens.
-    """
-    if vocab < 259:
-        raise UserError(f"--vocab must be at least 259 (256 bytes and 3 special), got {vocab}")
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, pad=0, bos=1, eos=2)
 
 
 def _test(cfg: Config) -> Table:
@@ -312,21 +308,13 @@ def accuracies(
 
 def card(folder: Path, cfg: Config, architecture: Architecture, about: Row, measured: dict) -> None:
     """Write the model card: how it was made, what it weighs, what it can do."""
-    name = str(about["rung"])
-    words = ["python", "-m", "experiments.pretrain_nano", "--rungs", name]
-    words += ["--first", str(about["seed"])]
-    words += [] if cfg.scale == 1.0 else ["--scale", f"{cfg.scale:g}"]
-    words += [] if cfg.task == "arithmetic" else ["--task", cfg.task, "--data", str(cfg.data)]
-    if name not in RUNGS:
-        for field in ("width", "layers", "heads", "tokens"):
-            words += [f"--{field}", f"{getattr(cfg, field):g}"]
     facts = {
-        "command": shlex.join(words),
+        "command": command(cfg, str(about["rung"]), int(about["seed"])),
         "seed": about["seed"],
         "tokens": about["tokens"],
         "share of the run": about["share"],
         "parameters": about["params"],
-        "sha256 of the weights": about["sha256"],
+        "fingerprint of the weights": about["fingerprint"],
         "accuracy": {str(n): values for n, values in measured.items()},
     }
     lines = [
@@ -345,6 +333,17 @@ def card(folder: Path, cfg: Config, architecture: Architecture, about: Row, meas
     (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf8")
 
 
+def command(cfg: Config, rung: str, seed: int) -> str:
+    """What makes one rung again: the flags that are not at their defaults."""
+    words = ["python", "-m", "experiments.pretrain_nano", "--rungs", rung, "--first", str(seed)]
+    for field in fields(Config):
+        value = getattr(cfg, field.name)
+        if field.name not in ("rungs", "first", "seeds", "out") and value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name}", *(str(item) for item in values)]
+    return shlex.join(words)
+
+
 def _accuracy_lines(measured: dict[int, dict[str, float]]) -> list[str]:
     if not measured:
         return []
@@ -357,6 +356,8 @@ def _accuracy_lines(measured: dict[int, dict[str, float]]) -> list[str]:
 
 def final(rows: list[Row]) -> list[Row]:
     """The rows of finished rungs, mean accuracy over difficulties added per (rung, seed)."""
+    if any("nll" in r for r in rows):
+        return [r for r in rows if r["share"] == 1.0]
     keys = dict.fromkeys((r["rung"], r["seed"]) for r in rows if r["share"] == 1.0)
     means = []
     for rung, seed in keys:
@@ -381,7 +382,7 @@ def final(rows: list[Row]) -> list[Row]:
 
 def claims(rows: list[Row]) -> list[dict]:
     """Strictly rising along the ladder; the top rung strong but imperfect."""
-    means = final(rows)
+    means = [m for m in final(rows) if "accuracy" in m]
     rungs = list(dict.fromkeys(m["rung"] for m in means))
     made = []
     for small, large in zip(rungs[:-1], rungs[1:], strict=True):
@@ -389,7 +390,25 @@ def claims(rows: list[Row]) -> list[dict]:
         gaps = [b - a for a, b in zip(*pairs, strict=True)]
         if len(gaps) > 1:
             bounds = interval(gaps)
-            made.append(claim(f"{large} above {small}", "accuracy gap", bounds, above=0.0))
+            made.append(
+                claim(f"{large} above {small}", "accuracy gap over seeds", bounds, above=0.0)
+            )
+    top = [r for r in rows if r["rung"] in rungs[-1:] and r["share"] == 1.0]
+    for steps in dict.fromkeys(r["steps"] for r in top):
+        mine = [r for r in top if r["steps"] == steps]
+        count = sum(r["count"] for r in mine)
+        found = wilson(round(sum(r["accuracy"] * r["count"] for r in mine)), round(count))
+        bound = {"above": 0.9} if steps <= 3 else {"below": 1.0}
+        word = "strong (above .9)" if steps <= 3 else "imperfect (below 1)"
+        made.append(
+            claim(
+                f"{rungs[-1]} {word} on {steps} steps",
+                "accuracy over problems and seeds, Wilson",
+                found,
+                seeds=len(mine),
+                **bound,
+            )
+        )
     return made
 
 
@@ -397,18 +416,20 @@ def figure_ladder(rows: list[Row], folder: Path) -> list[Path]:
     """Held-out accuracy against training tokens, per rung, over its intermediate checkpoints."""
     if not rows:
         return []
+    y = "nll" if "nll" in rows[0] else "accuracy"
     told: dict[tuple, list[float]] = {}
     for r in rows:
-        told.setdefault((r["rung"], r["seed"], r["tokens"]), []).append(float(r["accuracy"]))
+        told.setdefault((r["rung"], r["seed"], r["tokens"]), []).append(float(r[y]))
     means = [
-        dict(rung=rung, seed=seed, tokens=tokens, accuracy=float(np.mean(values)))
+        {"rung": rung, "seed": seed, "tokens": tokens, y: float(np.mean(values))}
         for (rung, seed, tokens), values in told.items()
     ]
-    words = "held-out greedy accuracy, mean over 1 to 5 steps"
-    look = figures.Look(title="The nano ladder", xlabel="training tokens", ylabel=words, logx=True)
-    return [
-        figures.lines(means, "tokens", "accuracy", hue="rung", path=folder / "ladder.png", **look)
-    ]
+    words = {
+        "accuracy": "held-out greedy accuracy, mean over 1 to 5 steps",
+        "nll": "nats per token of the test text",
+    }
+    look = figures.Look(title="The ladder", xlabel="training tokens", ylabel=words[y], logx=True)
+    return [figures.lines(means, "tokens", y, hue="rung", path=folder / "ladder.png", **look)]
 
 
 if __name__ == "__main__":

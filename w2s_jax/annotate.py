@@ -15,6 +15,7 @@ import numpy as np
 from w2s_jax import mesh as meshes
 from w2s_jax import workdir
 from w2s_jax.errors import UserError
+from w2s_jax.losses.sequence import token_logps
 from w2s_jax.types import Batch, Model, Params, Table, Tree, forward
 
 log = logging.getLogger("w2s_jax")
@@ -97,3 +98,15 @@ def annotate(
 def probabilities(model: Model) -> Callable[[Params, Batch], Tree]:
     """``fn(params, batch) -> [B,C] float32`` class probabilities, for ``annotate``."""
     return lambda params, batch: jax.nn.softmax(forward(model, params, batch).logits)
+
+
+def surprise(model: Model) -> Callable[[Params, Batch], Tree]:
+    """``fn(params, batch) -> {"nll", "tokens"}``, both [B] float32, for ``predict``: the summed
+    negative log-likelihood (nats) of the masked tokens and the sum of their weights."""
+
+    def say(params: Params, batch: Batch) -> Tree:
+        output, mask = forward(model, params, batch), batch["mask"][:, 1:]
+        logps = token_logps(output.hidden[:, :-1], output.unembed, batch["tokens"][:, 1:], mask)
+        return {"nll": -(logps * mask).sum(-1), "tokens": mask.sum(-1)}
+
+    return say

@@ -183,6 +183,31 @@ class Tokenizer:
             raise UserError(f"the tokenizer cannot encode a text: {error}") from None
 
 
+def train_bpe(texts: list[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of ``vocab`` tokens: it can encode any text.
+
+    Raises:
+      UserError: ``vocab`` below the 256 bytes and the three special tokens.
+    """
+    if vocab < 259:
+        raise UserError(
+            f"a BPE vocabulary needs at least 259 tokens (256 bytes, 3 special): {vocab}"
+        )
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, pad=0, bos=1, eos=2)
+
+
 @dataclass(frozen=True)
 class _Pieces:
     ids: list[int]

@@ -27,7 +27,8 @@ from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.types import Model, Params
 
 NANO = Path(__file__).resolve().parents[1] / "nano"
-_SHIPPED = re.compile(r"nano-\d+(@\d+)?")
+_SHIPPED = re.compile(r"(?P<rung>nano-\d+)(@(?P<seed>\d+))?(:(?P<share>0?\.\d+))?")
+_FOLDER = re.compile(r"(?P<rung>nano-\d+)-seed(?P<seed>\d+)(-(?P<share>0\.\d+))?")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -42,7 +43,8 @@ def load(
 ) -> tuple[Model, Params, Tokenizer]:
     """A model, its parameters and its tokenizer, from a folder, a shipped name or a hub id.
 
-    ``nano-3@1`` is the shipped rung 3, pretraining seed 1 (0 if not said). The parameters get
+    ``nano-3@1:0.5`` is the shipped rung 3, pretraining seed 1 (0 if not said), half way through its
+    pretraining (its end if not said). The parameters get
     ``dtype`` (float32 if None, whatever the files hold), products are computed in ``compute``
     (``dtype`` if None); ``options`` replace other fields of ``Config`` (``remat``, ``scan``). With
     a ``mesh`` every weight goes straight to its shards.
@@ -81,9 +83,9 @@ def locate(name_or_path: str | Path) -> Path:
       UserError: none of these.
     """
     name = str(name_or_path)
-    if _SHIPPED.fullmatch(name):
-        rung, _, seed = name.partition("@")
-        folder = NANO / f"{rung}-seed{seed or 0}"
+    if match := _SHIPPED.fullmatch(name):
+        share = f"-{float(match['share']):g}" if match["share"] else ""
+        folder = NANO / f"{match['rung']}-seed{match['seed'] or 0}{share}"
         if folder.is_dir():
             return folder
         raise UserError(f"no shipped model {name}; there are: {', '.join(shipped()) or 'none'}")
@@ -97,9 +99,12 @@ def locate(name_or_path: str | Path) -> Path:
 
 def shipped() -> list[str]:
     """Names of the models inside this package, as ``load`` takes them."""
-    found = (re.fullmatch(r"(nano-\d+)-seed(\d+)", path.name) for path in NANO.glob("nano-*"))
-    pairs = sorted((match[1], int(match[2])) for match in found if match)
-    return [f"{rung}@{seed}" if seed else rung for rung, seed in pairs]
+    found = (_FOLDER.fullmatch(path.name) for path in NANO.glob("nano-*"))
+    keys = sorted((m["rung"], int(m["seed"]), float(m["share"] or 1)) for m in found if m)
+    return [
+        rung + (f"@{seed}" if seed else "") + (f":{share:g}" if share < 1 else "")
+        for rung, seed, share in keys
+    ]
 
 
 def _download(name: str) -> Path:
