@@ -198,10 +198,10 @@ def test_probes_learn_from_cleaned_labels(study, world, lessons, monkeypatch) ->
     rows = list(blocks.probes(study, world["small"], world["large"], ["naive"], TUNE, 0.25))
     assert list(dict.fromkeys(r["method"] for r in rows)) == [
         "probe",
-        "probe, knn labels",
-        "probe, knn filter",
-        "probe, logistic labels",
-        "probe, logistic filter",
+        "knn labels",
+        "knn filter",
+        "logistic labels",
+        "logistic filter",
     ]
     whole, cut = sorted(lessons[1:], key=lambda c: -len(c.tables))
     assert len(whole.tables) == 8 and len(cut.tables) == 4  # 4 and 2 lessons of two seeds

@@ -110,11 +110,11 @@ def probes(
             for i, table in enumerate(data)
         ]
         relabelled = [w2s.relabel(table, opinions[i]) for i, table in enumerate(data)]
-        lessons[f"probe, {kind} labels", "naive"] = Lesson(relabelled)
+        lessons[f"{kind} labels", "naive"] = Lesson(relabelled)
         agreeing = [
             select.most_agreeing(opinion, taught.ask[i], keep) for i, opinion in enumerate(opinions)
         ]
-        lessons[f"probe, {kind} filter", "naive"] = Lesson(weakly, "naive", np.stack(agreeing))
+        lessons[f"{kind} filter", "naive"] = Lesson(weakly, "naive", np.stack(agreeing))
     done = study.train(linear, lessons, tune=tune, test=test)
     ceiling = done.pop(CEILING)
     for (method, loss), student in done.items():
