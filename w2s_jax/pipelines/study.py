@@ -156,6 +156,8 @@ class Study:
         every = np.tile(np.arange(parts[0].count), (len(self.seeds), 1))
         chosen = [every if lesson.rows is None else lesson.rows for lesson in parts]
         size = len(self.seeds)
+        steps = tune.total(parts[0].count)
+        self.ctx.say(f"  {side.name}: {len(parts) * size} runs of {steps} updates")
         if side.stacked:  # each seed's own start, once per lesson
             params = jax.tree.map(lambda leaf: np.concatenate([leaf] * len(parts)), side.params)
             side = replace(side, params=params)
