@@ -162,7 +162,7 @@ def test_characters_dropped_without_an_unknown_token_count(tmp_path):
     [
         ("tokenizer.json", b"{broken", "not a tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer"),
-        ("tokenizer.json.gz", gzip.compress(b"x" * 999)[:20], "cannot read"),
+        ("tokenizer.json.gz", gzip.compress(b"x" * 999, mtime=0)[:20], "cannot read"),
         ("tokenizer.model", b"no model", "SentencePiece"),
         ("notes.txt", b"", "has no tokenizer"),
     ],
