@@ -28,7 +28,7 @@ from w2s_jax.data import arithmetic, tasks
 from w2s_jax.data.packing import pack
 from w2s_jax.errors import UserError
 from w2s_jax.generate.sample import complete
-from w2s_jax.metrics.statistics import claim, interval, wilson
+from w2s_jax.metrics.statistics import claim, proportion_gap, wilson
 from w2s_jax.models.transformer import Config as Architecture
 from w2s_jax.models.transformer import flops_per_token, params_count, transformer
 from w2s_jax.objectives import language
@@ -385,19 +385,22 @@ def claims(rows: list[Row]) -> list[dict]:
     means = [m for m in final(rows) if "accuracy" in m]
     rungs = list(dict.fromkeys(m["rung"] for m in means))
     made = []
+    finished = [r for r in rows if r["rung"] in rungs and r["share"] == 1.0]
+
+    def solved(mine: list[Row]) -> tuple[int, int]:
+        right = sum(r["accuracy"] * r["count"] for r in mine)
+        return round(right), round(sum(r["count"] for r in mine))
+
     for small, large in zip(rungs[:-1], rungs[1:], strict=True):
-        pairs = [[m["accuracy"] for m in means if m["rung"] == rung] for rung in (small, large)]
-        gaps = [b - a for a, b in zip(*pairs, strict=True)]
-        if len(gaps) > 1:
-            bounds = interval(gaps)
-            made.append(
-                claim(f"{large} above {small}", "accuracy gap over seeds", bounds, above=0.0)
-            )
-    top = [r for r in rows if r["rung"] in rungs[-1:] and r["share"] == 1.0]
+        pair = [[r for r in finished if r["rung"] == rung] for rung in (small, large)]
+        gap = proportion_gap(solved(pair[0]), solved(pair[1]))
+        words = "accuracy gap over problems and seeds, Newcombe"
+        seeds = len({r["seed"] for r in pair[1]})
+        made.append(claim(f"{large} above {small}", words, gap, above=0.0, seeds=seeds))
+    top = [r for r in finished if r["rung"] in rungs[-1:]]
     for steps in dict.fromkeys(r["steps"] for r in top):
         mine = [r for r in top if r["steps"] == steps]
-        count = sum(r["count"] for r in mine)
-        found = wilson(round(sum(r["accuracy"] * r["count"] for r in mine)), round(count))
+        found = wilson(*solved(mine))
         bound = {"above": 0.9} if steps <= 3 else {"below": 1.0}
         word = "strong (above .9)" if steps <= 3 else "imperfect (below 1)"
         made.append(

@@ -15,6 +15,7 @@ from w2s_jax.metrics.statistics import (
     mcnemar,
     median_interval,
     paired_bootstrap,
+    proportion_gap,
     sign_flip,
     wilson,
 )
@@ -214,3 +215,10 @@ def test_a_claim_from_one_seed_does_not_hold_and_is_valid_json():
 def test_an_interval_prints_short():
     assert str(Interval(0.51234, 0.1, 0.9, 0.95, 5)) == "0.512 [0.1, 0.9]"
     assert str(interval([0.5])) == "0.5 (n=1)"
+
+
+def test_proportion_gap_against_newcombe_1998() -> None:
+    # Newcombe (1998), table II, contrast (a), method 10: 56/70 - 48/80 is in [.0524, .3339]
+    found = proportion_gap((48, 80), (56, 70))
+    assert found.value == pytest.approx(0.2)
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)

@@ -140,6 +140,22 @@ def wilson(correct: int, total: int, level: float = 0.95) -> Interval:
     return Interval(correct / total, float(found.low), float(found.high), level, int(total))
 
 
+def proportion_gap(low: tuple[int, int], high: tuple[int, int], level: float = 0.95) -> Interval:
+    """The difference of two independent proportions, each (correct, total): ``high - low``.
+
+    Newcombe's hybrid score interval (1998, method 10), from the two Wilson intervals. On the same
+    items, where outcomes correlate, it is conservative.
+
+    Raises:
+      UserError: as ``wilson``.
+    """
+    a, b = wilson(*low, level), wilson(*high, level)
+    gap = b.value - a.value
+    down = math.hypot(b.value - b.low, a.high - a.value)
+    up = math.hypot(b.high - b.value, a.value - a.low)
+    return Interval(gap, gap - down, gap + up, level, low[1] + high[1])
+
+
 def paired_bootstrap(
     weak: Any,
     student: Any,
