@@ -57,8 +57,8 @@ class Rung:
 
 RUNGS = {
     "nano-1": Rung(16, 2, 1, 2e6),
-    "nano-2": Rung(32, 2, 1, 4e6),
-    "nano-3": Rung(64, 3, 2, 8e6),
+    "nano-2": Rung(32, 2, 1, 2e6),
+    "nano-3": Rung(64, 3, 2, 2e6),
     "nano-4": Rung(128, 4, 4, 12e6),
 }
 
@@ -128,6 +128,8 @@ def _check(cfg: Config) -> None:
         raise UserError(f"--rungs needs a name: {', '.join(RUNGS)}, or one of your own")
     if cfg.test < 1 or not all(0 < share <= 1 for share in cfg.marks):
         raise UserError("--test must be at least 1, --marks above 0 and at most 1")
+    if cfg.vocab < 259:
+        raise UserError(f"--vocab must be at least 259 (bytes and 3 special), got {cfg.vocab}")
     if not (cfg.tokens > 0 and cfg.scale > 0):
         raise UserError(f"--tokens and --scale must be above 0, got {cfg.tokens}, {cfg.scale}")
 
