@@ -334,7 +334,8 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
 def _figures_of_pairs(pairs: list[Row], folder: Path) -> list[Path]:
     sizes = []
     for r in pairs:
-        size = dict(size=r["student_size"], weak=Path(r["weak"]).name, seed=r["seed"])
+        supervisor = f"supervisor {Path(r['weak']).name}"
+        size = dict(size=r["student_size"], weak=supervisor, seed=r["seed"])
         sizes.append(size | dict(accuracy=r["student_accuracy"], labels=f"weak ({r['loss']})"))
         if r["loss"] == pairs[0]["loss"]:
             sizes.append(size | dict(accuracy=r["ceiling_accuracy"], labels="truth (ceiling)"))

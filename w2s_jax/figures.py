@@ -200,7 +200,7 @@ def reliability_diagram(
         top.set(ylim=look.get("ylim", (0, 1.02)), ylabel=look.get("ylabel", "accuracy"))
         top.set_title(look.get("title", ""))
 
-    size = (4.6, look.get("height", 4.6))
+    size = (6.2, look.get("height", 4.8))
     return _write(table, path, draw, chart.handles(["calibrated"]), size)
 
 
