@@ -294,18 +294,19 @@ def claims(rows: list[Row]) -> list[dict]:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Per pair and loss: accuracies (means over seeds) and the PGR of the means."""
+    """Per block, pair, loss and setting: accuracies (means over seeds) and the PGR of the means."""
+    groups: dict[tuple, list[Row]] = {}
+    for r in rows:
+        if "student_accuracy" in r:
+            setting = r.get("method", r.get("labels", ""))
+            key = (r["block"], setting, Path(r["weak"]).name, Path(r["student"]).name, r["loss"])
+            groups.setdefault(key, []).append(r)
     table = []
-    keys = dict.fromkeys(
-        (r["weak"], r["student"], r["loss"]) for r in rows if r["block"] == "transfer"
-    )
-    for weak, student, loss in keys:
-        mine = [r for r in rows if r["block"] == "transfer"
-                and (r["weak"], r["student"], r["loss"]) == (weak, student, loss)]  # fmt: skip
-        mean = {k: float(np.mean([r[k] for r in mine])) for k in
-                ("weak_accuracy", "student_accuracy", "ceiling_accuracy")}  # fmt: skip
+    for key, mine in groups.items():
+        names = dict(zip(("block", "setting", "weak", "student", "loss"), key, strict=True))
+        roles = ("weak_accuracy", "student_accuracy", "ceiling_accuracy")
+        mean = {role: float(np.mean([r[role] for r in mine])) for role in roles}
         found = median_pgr(*([v] for v in mean.values()))
-        names = {"weak": Path(weak).name, "student": Path(student).name, "loss": loss}
         table.append({**names, **mean, "pgr": found.value, "seeds": len(mine)})
     return table
 
