@@ -99,6 +99,8 @@ class Config:
     """How supervisors are trained."""
     strong_tune: Tune = field(default_factory=lambda: _tune(3e-4))
     """How students and ceilings are trained."""
+    lrs: dict[str, float] = field(default_factory=dict)
+    """Learning rates of single models, as supervisor and student: name lr name lr ..."""
     probe_tune: Tune = field(default_factory=lambda: replace(_tune(1e-2), epochs=10))
     """How linear probes are trained."""
     text_tune: Tune = field(default_factory=lambda: replace(_tune(1e-4), epochs=1))
@@ -116,7 +118,8 @@ class Config:
     """Share of rows that label filters leave out."""
 
 
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large")
+GPT2 = {"gpt2": 5e-5, "gpt2-medium": 5e-5, "gpt2-large": 1e-5, "gpt2-xl": 1e-5}
+GPT2_TUNE = Tune(batch=32, epochs=2, optimizer="adam", schedule="cosine", clip=0.0)
 PRESETS = {
     "tiny": dict(
         weak=("nano-1",),
@@ -130,8 +133,9 @@ PRESETS = {
     ),
     "paper": dict(
         task="sciq",
-        weak=GPT2,
-        strong=("gpt2-medium", "gpt2-large", "gpt2-xl"),
+        weak=tuple(GPT2)[:-1],
+        strong=tuple(GPT2)[1:],
+        lrs=GPT2,
         losses=("naive", "logconf"),
         blocks=("transfer",),
         seeds=1,
@@ -139,10 +143,8 @@ PRESETS = {
         test=9_000,
         dev=1_000,
         length=1024,
-        weak_tune=Tune(lr=5e-5, batch=32, epochs=2, optimizer="adam", schedule="cosine", clip=0.0),
-        strong_tune=Tune(
-            lr=1e-5, batch=32, epochs=2, optimizer="adam", schedule="cosine", clip=0.0
-        ),
+        weak_tune=GPT2_TUNE,
+        strong_tune=GPT2_TUNE,
     ),
 }
 
@@ -212,6 +214,7 @@ def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
         length=cfg.length,
         weak_tune=cfg.weak_tune,
         strong_tune=cfg.strong_tune,
+        lrs=cfg.lrs,
         losses=LOSSES,
         points=cfg.points,
         mesh=mesh.make_mesh(ctx.mesh) if ctx.mesh else None,
@@ -227,6 +230,9 @@ def _check(cfg: Config) -> None:
         for name in given:
             if name not in known:
                 raise UserError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")
+    stray = sorted(set(cfg.lrs) - {*cfg.weak, *cfg.strong, *cfg.chain})
+    if stray or not all(lr > 0 for lr in cfg.lrs.values()):
+        raise UserError(f"--lrs takes models of this run and numbers above 0, got {cfg.lrs}")
     if not cfg.weak or not cfg.strong or not cfg.losses:
         raise UserError("--weak, --strong and --losses each need at least one name")
     for name, least in dict(train=2, test=2, dev=2, length=2, points=1, repeats=0).items():

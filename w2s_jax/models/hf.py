@@ -88,7 +88,7 @@ def locate(name_or_path: str | Path) -> Path:
         folder = NANO / f"{match['rung']}-seed{match['seed'] or 0}{share}"
         if folder.is_dir():
             return folder
-        raise UserError(f"no shipped model {name}; there are: {', '.join(shipped()) or 'none'}")
+        raise UserError(f"no shipped model {name}; there are: {', '.join(_ends()) or 'none'}")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -107,6 +107,11 @@ def shipped() -> list[str]:
     ]
 
 
+def _ends() -> list[str]:
+    """The shipped models at the end of their pretraining, for messages."""
+    return [name for name in shipped() if ":" not in name]
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -115,7 +120,7 @@ def _download(name: str) -> Path:
     except Exception as error:  # the client raises many kinds: HTTP, offline, OS, validation
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{name} is neither a folder here nor shipped ({', '.join(shipped()) or 'none is'}), "
+            f"{name} is neither a folder here nor shipped ({', '.join(_ends()) or 'none is'}), "
             f"and the hub does not give it: {reason}"
         ) from None
 

@@ -58,6 +58,7 @@ class Study:
     strong_tune: Tune
     losses: Losses
     points: int
+    lrs: Mapping[str, float] = field(default_factory=dict)
     mesh: Any = None
     tables: dict[tuple[str, str], list[Table]] = field(default_factory=dict)
 
@@ -75,6 +76,10 @@ class Study:
         """True classes [N] of the dev and test rows."""
         return np.asarray(self.splits[0].test["truth"])
 
+    def own(self, side: Side, tune: Tune) -> Tune:
+        """``tune`` with the learning rate of this model, where ``lrs`` names one."""
+        return replace(tune, lr=self.lrs.get(side.name, tune.lr))
+
     def train(
         self,
         side: Side,
@@ -86,7 +91,7 @@ class Study:
     ) -> dict[Any, Learned]:
         """Every lesson learnt, in all seeds; what the disk has is read, the rest is one program
         per number of rows. ``ask`` [S] are tables to label afterwards."""
-        tune = self.strong_tune if tune is None else tune
+        tune = self.own(side, self.strong_tune) if tune is None else tune
         test = self.tokens(side, "test")[0] if test is None else test
         common = dict(
             side=side.digest(),
@@ -188,7 +193,9 @@ def supervise(study: Study, weak: Side) -> Learned:
     """Supervisors: trained on the truth of ``train``, asked about ``transfer``."""
     tables = [table.without("truth") for table in study.tokens(weak, "train")]
     ask = [table.without("truth") for table in study.tokens(weak, "transfer")]
-    return study.train(weak, {TRUTH: Lesson(tables)}, tune=study.weak_tune, ask=ask)[TRUTH]
+    return study.train(
+        weak, {TRUTH: Lesson(tables)}, tune=study.own(weak, study.weak_tune), ask=ask
+    )[TRUTH]
 
 
 def students(
