@@ -5,7 +5,7 @@ The weak supervisor is a linear probe that sees each picture as a thumbnail (4x4
 on frozen features of the full picture (whitened random patches, learnt without labels), trained on
 the supervisor's probabilities for the other half; the ceiling is the same probe trained on the
 truth of the same rows. Expect weak < student < ceiling. Resolution is what makes the weak model
-weak: one number, fixed beforehand (half of the digits' own), not tuned. All students (seeds x
+weak: one number, a rule (half of the digits' own), not tuned. All students (seeds x
 losses x learning rates x supervisors) and ceilings train as one program. The learning rate is the
 ceiling's best on dev and every student uses it: no student is chosen by the truth.
 
