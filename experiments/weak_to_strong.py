@@ -43,6 +43,7 @@ from w2s_jax.pipelines import weak_to_strong as w2s
 from w2s_jax.pipelines import weak_to_strong_blocks as blocks
 from w2s_jax.pipelines.study import Study
 from w2s_jax.pipelines.weak_to_strong import Side
+from w2s_jax.pipelines.weak_to_strong_rows import logged
 from w2s_jax.record import Context
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Row
@@ -169,7 +170,8 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
     for block in cfg.blocks:
         ctx.say(f"block {block}")
         if block == "transfer":
-            yield from blocks.transfer(study, weaks, strongs, cfg.losses)
+            rows = blocks.transfer(study, weaks, strongs, cfg.losses)
+            yield from logged(rows, ctx.workdir, ctx.track)
         elif block == "features":
             yield from blocks.features(study, *pair, ("last", "mean", "likelihood"))
         elif block == "methods":

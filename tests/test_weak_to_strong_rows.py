@@ -1,5 +1,6 @@
 """Rows of the weak-to-strong experiment by hand, and what is claimed from them."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from experiments import weak_to_strong as experiment
 from w2s_jax.pipelines.weak_to_strong import Learned
-from w2s_jax.pipelines.weak_to_strong_rows import compare, curves
+from w2s_jax.pipelines.weak_to_strong_rows import compare, curves, logged
 
 # --- what is reported: one seed, 4 dev and 5 reported rows, every confidence 0.8
 
@@ -162,3 +163,16 @@ def test_the_summary_is_of_means() -> None:
     # not the mean of .5 and .8: (.75 - .5) / (.85 - .5)
     assert one["pgr"] == pytest.approx(0.25 / 0.35) and one["ceiling_accuracy"] == 0.85
     assert two["loss"] == "product" and np.isnan(two["pgr"])
+
+
+def test_curves_of_all_runs_are_logged_by_update(tmp_path) -> None:
+    def curve(seed: int, step: int, accuracy: float) -> dict:
+        names = dict(block="curve", weak="a/w", student="s", loss="naive", seed=seed, step=step)
+        return names | dict(accuracy=accuracy, agreement=0.5, ceiling_accuracy=1.0)
+
+    rows = [curve(0, 5, 0.1), curve(0, 10, 0.2), curve(1, 5, 0.3), {"block": "transfer"}]
+    assert list(logged(rows, tmp_path, ())) == rows
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10]
+    assert lines[0]["w-s-naive-seed0/accuracy"] == 0.1
+    assert lines[0]["w-s-naive-seed1/accuracy"] == 0.3 and len(lines[1]) == 4

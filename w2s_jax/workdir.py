@@ -92,7 +92,14 @@ def started(workdir: Path) -> bool:
 
 
 def _ours(path: Path) -> bool:
-    files = {"config.json", "summary.json", "results.jsonl", "results.part.jsonl", "metrics.jsonl"}
+    files = {
+        "config.json",
+        "summary.json",
+        "results.jsonl",
+        "results.part.jsonl",
+        "metrics.jsonl",
+        "speed.jsonl",
+    }
     stem, _, tail = path.name.rpartition("-")
     stage = bool(stem) and len(tail) == 16 and set(tail) <= set("0123456789abcdef")
     return path.name in files or (path.is_dir() and (stage or path.name in {"figures", "logs"}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from w2s_jax.metrics.classification import accuracy, auroc, brier, ece, reliability
 from w2s_jax.metrics.gap import agreement, agreement_on_errors, pgr
 from w2s_jax.pipelines.weak_to_strong import Learned, Side
+from w2s_jax.train.log import Log
 from w2s_jax.types import Row
 
 if TYPE_CHECKING:
@@ -108,3 +111,19 @@ def curves(
 
 def _reliability(truth: np.ndarray, test: Sequence[np.ndarray]) -> list[Row]:
     return reliability(np.concatenate(test), np.tile(truth, len(test)))
+
+
+def logged(rows: Iterable[Row], workdir: Path, track: Sequence[str]) -> Iterator[Row]:
+    """The rows as they come; at the end the training curves among them, of all runs together,
+    go to ``metrics.jsonl`` and the trackers: one line per number of updates."""
+    lines: dict[int, dict[str, float]] = {}
+    for row in rows:
+        yield row
+        if row["block"] == "curve":
+            models = f"{Path(row['weak']).name}-{Path(row['student']).name}"
+            name = f"{models}-{row['loss']}-seed{row['seed']}"
+            kinds = ("accuracy", "agreement", "ceiling_accuracy")
+            lines.setdefault(row["step"], {}).update({f"{name}/{k}": row[k] for k in kinds})
+    with contextlib.closing(Log(workdir, track)) as log:
+        for step in sorted(lines):
+            log.write(step, lines[step])
