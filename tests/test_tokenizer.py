@@ -163,7 +163,7 @@ def test_characters_dropped_without_an_unknown_token_count(tmp_path):
         ("tokenizer.json", b"{broken", "not a tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer"),
         ("tokenizer.json.gz", gzip.compress(b"x" * 999, mtime=0)[:20], "cannot read"),
-        ("tokenizer.model", b"no model", "SentencePiece"),
+        ("tokenizer.model", b"no model", "(?i)SentencePiece"),
         ("notes.txt", b"", "has no tokenizer"),
     ],
 )
