@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax.annotate import annotate, predict, probabilities
+from w2s_jax.annotate import annotate, predict, probabilities, surprise
 from w2s_jax.errors import UserError
 from w2s_jax.mesh import batch_sharding, make_mesh, replicated
 from w2s_jax.models.heads import linear
+from w2s_jax.models.transformer import Config, decode, transformer
 from w2s_jax.types import Table
 
 ROWS = 7
@@ -115,3 +116,15 @@ def test_probabilities_are_the_softmax_of_the_logits(table) -> None:
     found = predict(probabilities(model), {"kernel": kernel}, ones)
     np.testing.assert_allclose(found, [[0.25, 0.75]] * 2, rtol=1e-6)
     assert found.dtype == np.float32
+
+
+def test_surprise_is_the_weighted_nll_of_each_row() -> None:
+    model = transformer(Config(vocab=11, width=8, layers=1, heads=1))
+    params = model.init(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 11, (3, 5)).astype(np.int32)
+    mask = np.array([[9, 1, 0, 0.5, 1]] * 3, np.float32)  # nothing predicts the first token
+    said = predict(surprise(model), params, Table({"tokens": tokens, "mask": mask}))
+    logps = jax.nn.log_softmax(decode(model.apply(params, tokens)))[:, :-1]
+    picked = np.take_along_axis(np.asarray(logps), tokens[:, 1:, None], 2)[..., 0]
+    np.testing.assert_allclose(said["nll"], -(picked * mask[:, 1:]).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(said["tokens"], [2.5] * 3)

@@ -259,6 +259,16 @@ def test_shipped_names_resolve_to_the_package(tmp_path, monkeypatch):
         hf.load("nano-2")
 
 
+def test_a_checkpoint_on_the_way_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "NANO", tmp_path)
+    _saved(tmp_path / "nano-2-seed1")
+    _saved(tmp_path / "nano-2-seed1-0.5")
+    assert hf.shipped() == ["nano-2@1:0.5", "nano-2@1"]
+    assert hf.locate("nano-2@1:0.5").name == hf.locate("nano-2@1:.50").name == "nano-2-seed1-0.5"
+    with pytest.raises(UserError, match="there are: nano-2@1$"):
+        hf.locate("nano-2@1:0.25")
+
+
 BASE = to_hf_config(SMALL)
 
 

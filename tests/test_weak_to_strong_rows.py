@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import weak_to_strong as experiment
+from w2s_jax.pipelines.study import Study
 from w2s_jax.pipelines.weak_to_strong import Learned
 from w2s_jax.pipelines.weak_to_strong_rows import compare, curves, logged
+from w2s_jax.train.optim import Tune
 
 # --- what is reported: one seed, 4 dev and 5 reported rows, every confidence 0.8
 
@@ -177,3 +179,9 @@ def test_curves_of_all_runs_are_logged_by_update(tmp_path) -> None:
     assert [line["step"] for line in lines] == [5, 10]
     assert lines[0]["w-s-naive-seed0/accuracy"] == 0.1
     assert lines[0]["w-s-naive-seed1/accuracy"] == 0.3 and len(lines[1]) == 4
+
+
+def test_a_model_may_have_its_own_learning_rate() -> None:
+    own = Study.own(SimpleNamespace(lrs={"s": 1e-5}), SimpleNamespace(name="s"), Tune(lr=0.1))
+    other = Study.own(SimpleNamespace(lrs={"s": 1e-5}), SimpleNamespace(name="w"), Tune(lr=0.1))
+    assert (own.lr, other.lr) == (1e-5, 0.1)

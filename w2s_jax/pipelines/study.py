@@ -1,8 +1,8 @@
 """What all blocks of a weak-to-strong experiment share: data, numbers, and runs that are kept.
 
 A ``Lesson`` is what one student learns from, in all seeds; ``Study.train`` trains those lessons
-that no earlier run of the experiment has trained, as one population, and keeps each by itself, so
-that another loss or block never repeats what is there.
+that the workdir does not have yet, as one population, and keeps each by itself, so that blocks
+share runs and a rerun repeats none.
 """
 
 from __future__ import annotations
