@@ -35,9 +35,18 @@ COLUMNS: dict[str, Any] = {
     "score": ("float", ""),  # a scalar judgement of the example
     "group": ("int", ""),  # grouping (difficulty, domain, ...)
     "ref": ("float", ""),  # reference log-probability of the response, nats
-    "teacher": {"ids": ("int", "TK"), "logits": ("float", "TK")},
+    # the K most likely tokens of the teacher, their log-probabilities and what is left of its mass;
+    # T counts the predictions of "targets" where the batch has them
+    "teacher": {"ids": ("int", "TK"), "logits": ("float", "TK"), "tail": ("float", "T")},
     "chosen": {"tokens": ("int", "T"), "mask": ("float", "T"), "ref": ("float", "")},
     "rejected": {"tokens": ("int", "T"), "mask": ("float", "T"), "ref": ("float", "")},
+    # M predictions: which place predicts, what, its loss weight, and which response it belongs to
+    "targets": {"at": ("int", "M"), "ids": ("int", "M"), "mask": ("float", "M"), "of": ("int", "M")},
+    # who attends to whom: R plain causal rows of L places each (-1: none), and for every token the
+    # flat places r * L + l where it stands (-1: none); its output is read at the first
+    "rows": {"take": ("int", "RL"), "back": ("int", "TO")},
+    # P pairs packed in one row: weight 0 where there is none, reference of (chosen, rejected)
+    "pairs": {"weight": ("float", "P"), "ref": ("float", "PS")},
     "image": ("any", "HWC"),  # pixels
     "features": ("float", "D"),  # what a frozen body says of the example (probes)
 }
@@ -167,13 +176,15 @@ class Output:
 
     ``hidden`` [B,T,D] is after the final norm; ``unembed`` [D,V] maps it to logits, so that
     ``[B,T,V]`` exists only where someone multiplies. ``logits`` [B,C] float32. ``cache`` is the
-    key/value cache of a decoder, or None.
+    key/value cache of a decoder, or None. ``vocab`` is the number of real tokens where the rows of
+    the vocabulary are padded, else None.
     """
 
     hidden: Any = None
     unembed: Any = None
     logits: Any = None
     cache: Any = None
+    vocab: int | None = field(default=None, metadata={"static": True})
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +202,7 @@ class Model:
     apply: Callable[..., Output]
     axes: Tree
     config: Any
-    reads: tuple[str, ...] = ("tokens", "segment", "position")
+    reads: tuple[str, ...] = ("tokens", "segment", "position", "rows")
 
 
 def forward(model: Model, params: Params, batch: Batch) -> Output:

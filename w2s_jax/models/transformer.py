@@ -61,7 +61,7 @@ def transformer(config: Config) -> Model:
         params = module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         return jax.tree.map(lambda box: box.value, params, is_leaf=_is_box)
 
-    def apply(params, tokens, *, segment=None, position=None, cache=None) -> Output:
+    def apply(params, tokens, *, segment=None, position=None, rows=None, cache=None) -> Output:
         if tokens.shape[1] > config.max_length:
             raise UserError(
                 f"model: {tokens.shape[1]} tokens exceed max_length {config.max_length}; "
