@@ -1,59 +1,16 @@
-"""Attention: who sees whom, rotary positions, the key/value cache."""
+"""Attention: who sees whom, rotary positions."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from w2s_jax.errors import UserError
+from w2s_jax.models.cache import Cache, plan_cached
 from w2s_jax.models.config import Config
 from w2s_jax.types import Array
 
 _HIDDEN_SCORE = -1e30
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far, one pair of [B,K,S,h] arrays per layer.
-
-    All rows write at the same slot ``index`` [], so that a write is one contiguous update; what a
-    slot means is in ``segment`` [B,S] (0: padding or not yet written, never attended by real
-    tokens). Prompts of different lengths may therefore be padded on either side, and a finished
-    row goes on with segment 0. ``position`` [B] int32 is the next position of each row; padding
-    does not advance it.
-    """
-
-    layers: tuple[tuple[Array, Array], ...]
-    segment: Array
-    position: Array
-    index: Array
-
-
-def init_cache(config: Config, batch: int, length: int) -> Cache:
-    """An empty cache of ``length`` slots for ``batch`` rows, in the compute dtype.
-
-    Raises:
-      UserError: more slots than the model's ``max_length``.
-    """
-    if length > config.max_length:
-        raise UserError(
-            f"model: a cache of {length} tokens exceeds max_length {config.max_length}; "
-            "use shorter prompts or generate fewer tokens"
-        )
-    shape = (batch, config.kv_heads, length, config.head_dim)
-    return Cache(
-        layers=tuple(
-            (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-            for _ in range(config.layers)
-        ),
-        segment=jnp.zeros((batch, length), jnp.int32),
-        position=jnp.zeros((batch,), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
-    )
 
 
 def plan(
@@ -66,7 +23,7 @@ def plan(
     """
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     if cache is not None:
-        return _plan_cached(tokens, segment, position, cache)
+        return plan_cached(tokens, segment, position, cache)
     mask = (steps[:, None] >= steps[None, :])[None]
     if segment is not None:
         mask = mask & (segment[:, :, None] == segment[:, None, :])
@@ -74,24 +31,6 @@ def plan(
         start = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)))
         position = steps[None] - jax.lax.cummax(jnp.where(start, steps[None], 0), axis=1)
     return (steps[None] if position is None else position), mask, None
-
-
-def _plan_cached(
-    tokens: Array, segment: Array | None, position: Array | None, cache: Cache
-) -> tuple[Array, Array, Cache]:
-    if segment is None:
-        segment = jnp.ones_like(tokens)
-    segment = segment.astype(jnp.int32)
-    real = (segment > 0).astype(jnp.int32)
-    if position is None:
-        position = cache.position[:, None] + jnp.cumsum(real, axis=1) - real
-    seen = jax.lax.dynamic_update_slice(cache.segment, segment, (jnp.int32(0), cache.index))
-    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
-    causal = slots[None, :] <= cache.index + steps[:, None]
-    mask = causal[None] & (segment[:, :, None] == seen[:, None, :])
-    after = jnp.max(jnp.where(real > 0, position + 1, cache.position[:, None]), axis=1)
-    return position, mask, Cache(cache.layers, seen, after, cache.index + tokens.shape[1])
 
 
 def rope_angles(config: Config, position: Array) -> tuple[Array, Array]:

@@ -20,7 +20,8 @@ from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.errors import UserError
-from w2s_jax.models.attention import Cache, attend, init_cache, plan, rope_angles, rotate
+from w2s_jax.models.attention import attend, plan, rope_angles, rotate
+from w2s_jax.models.cache import Cache, init_cache
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
 from w2s_jax.types import Array, Model, Output, Params, Tree
 
