@@ -257,12 +257,21 @@ class Block(nn.Module):
 
 
 def _linear(module, x, name, size, source, target, biased=False, scale=1.0):
-    """``x @ W`` (+ bias) with ``W`` [in, out], initialised to normal(scale / sqrt(in))."""
+    """``x @ W`` (+ bias) with ``W`` [in, out], initialised to normal(scale / sqrt(in)).
+
+    Where the layer also has ``<name>_a`` [in, r] and ``<name>_b`` [r, out] (``models.lora``),
+    ``x @ a @ b`` is added.
+    """
     width = x.shape[-1]
     init = nn.initializers.normal(scale * width**-0.5)
     weight = _param(module, name, init, (width, size), source, target).astype(x.dtype)
     # Rows flattened: the weight gradient is then one product without a transposed copy (CPU: 1.2x)
-    y = (x.reshape(-1, width) @ weight).reshape(*x.shape[:-1], size)
+    rows = x.reshape(-1, width)
+    y = rows @ weight
+    if module.has_variable("params", f"{name}_a"):
+        a, b = (module.get_variable("params", f"{name}_{side}").astype(x.dtype) for side in "ab")
+        y = y + rows @ a @ b
+    y = y.reshape(*x.shape[:-1], size)
     if biased:
         bias = _param(module, f"{name}_bias", nn.initializers.zeros, (size,), target)
         y = y + _like(bias, y)
