@@ -20,7 +20,7 @@ from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.errors import UserError
-from w2s_jax.models.attention import attend, plan, rope_angles, rotate
+from w2s_jax.models.attention import attend, mix, plan, rope_angles, rotate
 from w2s_jax.models.cache import Cache, init_cache
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
 from w2s_jax.types import Array, Model, Output, Params, Tree
@@ -49,9 +49,11 @@ _SAVED: dict[str, Any] = {
 def transformer(config: Config) -> Model:
     """The decoder of ``config`` as two pure functions; the same config gives the same ``Model``.
 
-    ``apply(params, tokens, *, segment=None, position=None, cache=None)`` takes [B,T] int arrays.
-    Tokens of different ``segment`` never see each other (0 is padding); ``position`` defaults to
-    the distance from the start of the segment. With a ``cache`` (``init_cache``) the tokens
+    ``apply(params, tokens, *, segment=None, position=None, rows=None, cache=None)`` takes [B,T]
+    int arrays. Tokens of different ``segment`` never see each other (0 is padding); ``position``
+    defaults to the distance from the start of the segment. ``rows`` (``take`` [B,R,L], ``back``
+    [B,T,O]: see ``attention.Rows``) says instead who sees whom, so that a token may stand in
+    several causal rows. With a ``cache`` (``init_cache``) the tokens
     follow those already in it and ``Output.cache`` is the extended cache.
     """
     module = Decoder(config)
@@ -63,12 +65,12 @@ def transformer(config: Config) -> Model:
         return jax.tree.map(lambda box: box.value, params, is_leaf=_is_box)
 
     def apply(params, tokens, *, segment=None, position=None, rows=None, cache=None) -> Output:
-        if tokens.shape[1] > config.max_length:
+        length = (tokens if rows is None else rows["take"]).shape[-1]
+        if length > config.max_length:
             raise UserError(
-                f"model: {tokens.shape[1]} tokens exceed max_length {config.max_length}; "
-                "use shorter rows"
+                f"model: {length} tokens exceed max_length {config.max_length}; use shorter rows"
             )
-        out = module.apply({"params": params}, tokens, segment, position, cache)
+        out = module.apply({"params": params}, tokens, segment, position, rows, cache)
         assert isinstance(out, Output)
         return out
 
@@ -130,21 +132,23 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens, segment=None, position=None, cache: Cache | None = None) -> Output:
+    def __call__(
+        self, tokens, segment=None, position=None, rows=None, cache: Cache | None = None
+    ) -> Output:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         shape = (config.vocab, config.width)
         init = nn.initializers.normal(config.width**-0.5)  # logits of a tied head start near 1
         embed = _param(self, "embed", init, shape, "vocab", "embed")
         embed = _constrain(embed, "vocab", "act_embed")  # gather whole rows, sharded by vocabulary
         x = embed[tokens].astype(dtype)
-        position, mask, cache = plan(tokens, segment, position, cache)
+        position, scope, cache = plan(tokens, segment, position, rows, cache)
         if not config.rope:
             init, shape = nn.initializers.normal(0.01), (config.max_length, config.width)
             table = _param(self, "positions", init, shape, "position", "embed")
             x = x + table[position].astype(dtype)
         rope = rope_angles(config, position) if config.rope else None
         x = _constrain(x, "batch", "length", "act_embed")
-        x, layers = self._layers(x, rope, mask, cache)
+        x, layers = self._layers(x, rope, scope, cache)
         x = _norm(self, x, "final_norm")
         if config.tie:
             unembed = embed.T
@@ -156,7 +160,7 @@ class Decoder(nn.Module):
         return Output(hidden=x, unembed=unembed.astype(dtype), cache=cache)
 
     @nn.nowrap
-    def _layers(self, x, rope, mask, cache: Cache | None):
+    def _layers(self, x, rope, scope, cache: Cache | None):
         config = self.config
         if cache is None and (config.scanned or self.is_initializing()):
             block = Block
@@ -170,16 +174,16 @@ class Decoder(nn.Module):
                 length=config.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return stack(config, name="layers")(x, rope, mask)[0], ()
-        return self._unrolled(x, rope, mask, cache)
+            return stack(config, name="layers")(x, rope, scope)[0], ()
+        return self._unrolled(x, rope, scope, cache)
 
     @nn.nowrap
-    def _unrolled(self, x, rope, mask, cache: Cache | None):
+    def _unrolled(self, x, rope, scope, cache: Cache | None):
         config, block = self.config, Block(self.config, parent=None)
         index = None if cache is None else cache.index - x.shape[1]  # where these tokens start
 
         def run(params, x, pair):
-            return block.apply({"params": params}, x, rope, mask, pair)
+            return block.apply({"params": params}, x, rope, scope, pair)
 
         if config.remat != "none" and cache is None:
             run = jax.checkpoint(run, policy=_SAVED[config.remat])
@@ -201,10 +205,10 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, rope, mask, pair=None):
+    def __call__(self, x, rope, scope, pair=None):
         pre = self.config.placement == "pre"
         y = _norm(self, x, "attention_norm") if pre else x
-        y, pair = self._attention(y, rope, mask, pair)
+        y, pair = self._attention(y, rope, scope, pair)
         x = x + (y if pre else _norm(self, y, "attention_norm"))
         x = _constrain(x, "batch", "length", "act_embed")
         y = self._ffn(_norm(self, x, "ffn_norm") if pre else x)
@@ -212,7 +216,7 @@ class Block(nn.Module):
         return _constrain(x, "batch", "length", "act_embed"), pair
 
     @nn.nowrap
-    def _attention(self, x, rope, mask, pair):
+    def _attention(self, x, rope, scope, pair):
         config = self.config
         batch, length, _ = x.shape
         h, biased = config.head_dim, config.bias != "none"
@@ -229,13 +233,13 @@ class Block(nn.Module):
         q = _constrain(q, "batch", "length", "act_heads", None)
         k, v = (_constrain(y, "batch", "length", "act_heads", None) for y in (k, v))
         if pair is None:
-            y = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+            y = mix(q, k, v, scope)
         else:
             keys, values, index = pair
             at = (0, 0, index, 0)
             keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(1, 2).astype(keys.dtype), at)
             values = jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2).astype(values.dtype), at)
-            y, pair = attend(q, keys, values, mask), (keys, values)
+            y, pair = attend(q, keys, values, scope.mask), (keys, values)
         y = checkpoint_name(y.reshape(batch, length, -1), "attention")
         depth = (2 * config.layers) ** -0.5
         return _linear(
