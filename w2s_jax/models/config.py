@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from w2s_jax.errors import UserError
 
-REMAT = ("full", "dots", "outputs")
+REMAT = ("dots", "attention", "outputs", "full", "offload")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class Config:
     frequencies, 0 for learned positions. ``qk_norm`` is "none", "head" (Qwen3) or "all" (OLMo-2,
     one norm over the whole projection); ``bias`` is "none", "qkv" (Qwen2.5) or "all" (GPT-2).
     ``dtype`` is for compute, ``param_dtype`` for what ``init`` makes. ``remat`` says what the
-    backward pass recomputes: "none", "full" (everything), "dots" (all but weight products),
-    "outputs" (all but what attention and feed-forward give). ``scan`` None scans deep stacks only
-    (unrolled is faster, scanned compiles in a time independent of depth).
+    backward pass makes again instead of keeping: "none", or see the table in ``models.remat``.
+    ``scan`` None scans deep stacks and those with ``remat`` (unrolled is faster; scanned compiles
+    in a time independent of depth, and keeps no more than it is told). ``pad_vocab`` rounds the rows of the embedding and the unembedding up to
+    a multiple (128 for matrix units, or the size of the tensor axis); the added rows are zero, get
+    no gradient, have no probability and are never exported.
 
     Raises:
       UserError: sizes that do not fit together or an unknown option.
@@ -56,6 +58,7 @@ class Config:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    pad_vocab: int = 1
     scan: bool | None = None
     family: str = "llama"
 
@@ -72,7 +75,12 @@ class Config:
     @property
     def scanned(self) -> bool:
         """Whether the layers run as a scan."""
-        return self.layers > 8 if self.scan is None else self.scan
+        return self.layers > 8 or self.remat != "none" if self.scan is None else self.scan
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the vocabulary matrices, padding included."""
+        return -(-self.vocab // self.pad_vocab) * self.pad_vocab
 
 
 def _check(config: Config) -> None:
@@ -89,7 +97,8 @@ def _check(config: Config) -> None:
     for name, allowed in options.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"model: {name}={getattr(config, name)!r} is not one of {allowed}")
-    for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_length"):
+    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_length")
+    for name in (*sizes, "pad_vocab"):
         if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
             raise UserError(
                 f"model: {name} must be a positive integer, got {getattr(config, name)}"
