@@ -1,7 +1,15 @@
-"""Per-token log-probabilities without the ``[B, T, V]`` logits ever existing at once."""
+"""The vocabulary head without ``[B, T, V]`` logits: made chunk by chunk, used, and dropped.
+
+``token_logps`` gives log-probabilities that anything may be made of; its backward pass makes the
+logits a second time. Where the loss is a weighted sum over tokens (``token_nll``,
+``token_divergence``) or over rows (``response_sum``), ``head_sum`` takes the gradient of a chunk
+while its logits are there, so they are made once.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +19,7 @@ import jax.numpy as jnp
 from w2s_jax.errors import UserError
 
 Array = jax.Array
+Tree = Any
 
 
 def token_logps(
@@ -35,7 +44,7 @@ def token_logps(
         that ``hidden[b, t]`` predicts.
       mask: [B, T]; positions with 0 give exactly 0 and no gradient, whatever their target.
       chunk: tokens whose logits exist together, rounded to whole time steps (at least one);
-        None takes about 256 MB of logits on a CPU and 1 GB elsewhere.
+        None takes about 256 MB of logits per CPU device and 1 GB per accelerator.
       vocab: number of real entries when the rows of the matrix are padded; ids from ``vocab`` on
         have probability 0.
 
@@ -46,13 +55,240 @@ def token_logps(
       UserError: shapes that do not fit together, or a chunk or vocab that is not positive.
     """
     _check(hidden, unembed, targets, mask, chunk, vocab)
-    batch, length, _ = hidden.shape
-    steps = _steps(batch, length, unembed.shape[1], chunk)
-    if vocab is not None and vocab >= unembed.shape[1]:
-        vocab = None
+    steps = _steps(*hidden.shape[:2], unembed.shape[1], chunk)
     kept = mask > 0
-    logps: Any = _logps(steps, vocab, hidden, unembed, jnp.where(kept, targets, 0))
+    real = _real(unembed, vocab)
+    logps: Any = _logps(steps, real, hidden, unembed, jnp.where(kept, targets, 0))
     return jnp.where(kept, logps, 0.0)
+
+
+def token_nll(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    chunk: int | None = None,
+    vocab: int | None = None,
+) -> tuple[Array, Array]:
+    """``(-sum(weights * logps), logps)`` of the arguments of ``token_logps``, in nats.
+
+    The sum [] carries the gradient, taken chunk by chunk in the forward pass: three products with
+    the matrix instead of the four of a recomputing backward. ``logps`` [B, T] is for looking at.
+    """
+    _check(hidden, unembed, targets, weights, chunk, vocab)
+    kept = weights != 0
+    columns = (jnp.where(kept, targets, 0), weights)
+
+    def nll(logits: Array, columns: Tree) -> tuple[Array, Array]:
+        targets, weights = columns
+        logps = jnp.where(weights != 0, _pick(logits, targets), 0.0)
+        return -(weights * logps).sum(), logps
+
+    return head_sum(nll, hidden, unembed, columns, chunk=chunk, vocab=vocab)
+
+
+def token_divergence(
+    student: tuple[Array, Array],
+    teacher: Tree,
+    weights: Array,
+    divergence: Callable[[Array, Any], Array],
+    *,
+    chunk: int | None = None,
+    vocab: int | None = None,
+) -> tuple[Array, Array]:
+    """``(sum(weights * d), d)`` with ``d`` [B, T] a divergence of two next-token distributions.
+
+    Args:
+      student: ``(hidden [B,T,D], unembed [D,V])``; the sum carries their gradient.
+      teacher: ``(hidden [B,T,E], unembed [E,W])`` of a live teacher, whose logits are made chunk
+        by chunk as well, or a dict of columns [B,T,...] (a stored teacher). No gradient reaches it.
+      weights: [B, T].
+      divergence: ``(student_logits, teacher) -> [...]`` nats per token, where ``student_logits``
+        are [..., V] and ``teacher`` is logits [..., V] float32 or the chunk of those columns.
+      chunk: see ``token_logps``; a live teacher's logits count as well.
+      vocab: number of real tokens; both sides' further entries have probability 0.
+
+    Raises:
+      UserError: see ``token_logps``; a live teacher whose vocabulary is another.
+    """
+    hidden, unembed = student
+    live = isinstance(teacher, tuple)
+    matrix: Any = None
+    if live:
+        teacher, matrix = teacher
+        vocab = _common(unembed.shape[1], matrix.shape[1], vocab)
+    _check(hidden, unembed, weights, weights, chunk, vocab)
+    if chunk is None and live:
+        chunk = _chunk(unembed.shape[1] + matrix.shape[1])
+
+    def total(logits: Array, columns: Tree) -> tuple[Array, Array]:
+        said, weights = columns
+        if live:
+            said = _logits(said, matrix, _real(matrix, vocab))[..., : logits.shape[-1]]
+            short = logits.shape[-1] - said.shape[-1]
+            if short:
+                said = jnp.pad(
+                    said, [(0, 0)] * (said.ndim - 1) + [(0, short)], constant_values=-jnp.inf
+                )
+        values = jnp.where(weights != 0, divergence(logits, said), 0.0)
+        return (weights * values).sum(), values
+
+    columns = jax.lax.stop_gradient((teacher, weights))
+    return head_sum(total, hidden, unembed, columns, chunk=chunk, vocab=vocab)
+
+
+def response_sum(
+    fn: Callable[[Array, Tree], tuple[Array, Tree]],
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    mask: Array,
+    columns: Tree,
+    *,
+    chunk: int | None = None,
+    vocab: int | None = None,
+) -> tuple[Array, Tree]:
+    """``sum of fn(logps [n,T], columns [n,...])`` over groups of n whole rows, and its values.
+
+    For losses of whole responses (DPO and its family) that are sums over the rows of a batch:
+    ``fn`` gives ``(sum [], values)`` where values are [n, ...] and carry no gradient. When not
+    even one row's logits fit in a chunk, ``token_logps`` with its second making of the logits
+    takes over. Arguments as ``token_logps``.
+    """
+    _check(hidden, unembed, targets, mask, chunk, vocab)
+    kept = mask > 0
+    targets = jnp.where(kept, targets, 0)
+    width, (batch, length) = unembed.shape[1], targets.shape
+    groups = _groups(batch, length, chunk or _chunk(width))
+    if groups is None:
+        logps = token_logps(hidden, unembed, targets, mask, chunk=chunk, vocab=vocab)
+        return fn(logps, columns)
+
+    def total(logits: Array, columns: Tree) -> tuple[Array, Tree]:
+        targets, kept, columns = columns
+        return fn(jnp.where(kept, _pick(logits, targets), 0.0), columns)
+
+    columns = (targets, kept, columns)
+    return head_sum(total, hidden, unembed, columns, vocab=vocab, groups=groups)
+
+
+def token_stats(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    *,
+    chunk: int | None = None,
+    vocab: int | None = None,
+) -> dict[str, Array]:
+    """``logp``, ``entropy`` (nats) and ``top1`` (1 where the target is most likely), each [B, T]
+    float32; for looking at, without a gradient. Arguments as ``token_logps``."""
+    _check(hidden, unembed, targets, targets, chunk, vocab)
+
+    def stats(logits: Array, columns: Tree) -> tuple[Array, dict[str, Array]]:
+        logps = jax.nn.log_softmax(logits)
+        logp = jnp.take_along_axis(logps, columns[..., None], axis=-1)[..., 0]
+        entropy = -jnp.where(jnp.isfinite(logps), jnp.exp(logps) * logps, 0.0).sum(-1)
+        top1 = (logits.argmax(-1) == columns).astype(jnp.float32)
+        return jnp.zeros(()), {"logp": logp, "entropy": entropy, "top1": top1}
+
+    values = head_sum(stats, hidden, unembed, targets, chunk=chunk, vocab=vocab)[1]
+    return jax.lax.stop_gradient(values)
+
+
+def head_sum(
+    fn: Callable[[Array, Tree], tuple[Array, Tree]],
+    hidden: Array,
+    unembed: Array,
+    columns: Tree,
+    *,
+    chunk: int | None = None,
+    vocab: int | None = None,
+    groups: int = 0,
+) -> tuple[Array, Tree]:
+    """``sum of fn(logits, columns)`` over chunks of a batch; gradient taken as the logits pass.
+
+    Args:
+      fn: ``(logits [b,t,V] float32, columns [b,t,...]) -> (sum [], values)``: any function whose
+        total over the batch is the sum over chunks. Values [b,t,...] carry no gradient.
+      hidden, unembed: [B,T,D] and [D,V]; the returned sum carries their gradient and no other.
+      columns: tree of [B,T,...].
+      chunk: tokens whose logits exist together (see ``token_logps``).
+      groups: cut the batch into this many groups of whole rows rather than into time steps.
+
+    Returns:
+      The sum [] float32 and the values, joined to [B,T,...].
+    """
+    real = _real(unembed, vocab)
+    batch, length, _ = hidden.shape
+    frozen = jax.lax.stop_gradient((hidden, unembed, columns))
+
+    def one(matrix: Array, hidden: Array, columns: Tree):
+        logits = _logits(hidden, matrix, real)
+        total, pull, values = jax.vjp(lambda z: fn(z, columns), logits, has_aux=True)
+        (d_logits,) = pull(jnp.ones_like(total))
+        d_hidden, d_unembed = _products(d_logits, hidden, matrix)
+        return total, values, d_hidden, d_unembed
+
+    steps = _steps(batch, length, unembed.shape[1], chunk)
+    if groups == 1 or (not groups and steps >= length):
+        total, values, d_hidden, d_unembed = one(frozen[1], frozen[0], frozen[2])
+    else:
+        split = partial(_split, steps=steps) if not groups else partial(_deal, groups=groups)
+        join = partial(_join, length=length) if not groups else _gather
+
+        def body(carry: tuple[Array, Array], x: Tree):
+            total, values, d_hidden, d_unembed = one(frozen[1], *x)
+            return (carry[0] + total, carry[1] + d_unembed), (values, d_hidden)
+
+        xs = jax.tree.map(split, (frozen[0], frozen[2]))
+        zero = (jnp.zeros(()), jnp.zeros(unembed.shape, jnp.float32))
+        (total, d_unembed), ys = jax.lax.scan(body, zero, xs)
+        values, d_hidden = jax.tree.map(join, ys)
+    d_unembed = d_unembed.astype(unembed.dtype)
+    return _attach(total, hidden, unembed, d_hidden, d_unembed), jax.lax.stop_gradient(values)
+
+
+@jax.custom_vjp
+def _attach(total: Array, hidden: Array, unembed: Array, d_hidden: Array, d_unembed: Array):
+    """``total``, known to have the gradients ``d_hidden`` and ``d_unembed``."""
+    return total
+
+
+def _attach_forward(total, hidden, unembed, d_hidden, d_unembed):
+    return total, (d_hidden, d_unembed)
+
+
+def _attach_backward(saved, grad):
+    d_hidden, d_unembed = saved
+    scaled = tuple((grad * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
+    return None, *scaled, jnp.zeros_like(d_hidden), jnp.zeros_like(d_unembed)
+
+
+_attach.defvjp(_attach_forward, _attach_backward)
+
+
+@jax.custom_vjp
+def _pick(logits: Array, targets: Array) -> Array:
+    """``log_softmax(logits)[target]``, [..., V] and [...] -> [...]."""
+    return _pick_forward(logits, targets)[0]
+
+
+def _pick_forward(logits: Array, targets: Array) -> tuple[Array, Any]:
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - total, (logits, targets, total)
+
+
+def _pick_backward(saved: Any, grad: Array) -> tuple[Array, None]:
+    # compared with an iota: the scatter that a gather transposes to would pass over memory again
+    logits, targets, total = saved
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    hit = ids == targets[..., None]
+    return grad[..., None] * (hit - jnp.exp(logits - total[..., None])), None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)
 
 
 def _check(
@@ -72,14 +308,47 @@ def _check(
         raise UserError(f"token_logps: chunk and vocab must be positive, got {chunk} and {vocab}")
 
 
+def _common(ours: int, theirs: int, vocab: int | None) -> int | None:
+    """The number of real tokens that a student and a teacher matrix share."""
+    if vocab is None and ours != theirs:
+        raise UserError(
+            f"the student has {ours} tokens, the teacher {theirs}: pass vocab= when the rest is "
+            "padding of one tokenizer, else use sequence-level distillation"
+        )
+    if vocab is not None and vocab > min(ours, theirs):
+        raise UserError(f"vocab={vocab} is more than the student's {ours} or teacher's {theirs}")
+    return vocab
+
+
+def _real(unembed: Array, vocab: int | None) -> int | None:
+    return None if vocab is None or vocab >= unembed.shape[1] else vocab
+
+
+def _chunk(width: int) -> int:
+    """Tokens whose logits may exist together, over all devices of the mesh."""
+    limit = LIMIT["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+    return max(1, limit * max(jax.sharding.get_abstract_mesh().size, 1) // (4 * width))
+
+
+# bytes of float32 logits per device
+LIMIT = {"cpu": 2**28, "accelerator": 2**30}
+
+
 def _steps(batch: int, length: int, width: int, chunk: int | None) -> int:
     """Time steps per chunk, evened out so that the last chunk is padded least."""
-    if chunk is None:
-        limit = 2**28 if jax.default_backend() == "cpu" else 2**30
-        chunk = max(1, limit // (4 * width))
+    chunk = chunk or _chunk(width)
     steps = max(1, min(length, chunk // max(batch, 1)))
     chunks = -(-length // steps) if length else 1
     return -(-length // chunks)
+
+
+def _groups(batch: int, length: int, chunk: int) -> int | None:
+    """The fewest equal groups of rows whose tokens fit in a chunk; None when one row does not."""
+    ways = math.gcd(batch, max(jax.sharding.get_abstract_mesh().size, 1))
+    for groups in range(1, batch // ways + 1):
+        if batch % (groups * ways) == 0 and batch // groups * length <= chunk:
+            return groups
+    return None
 
 
 def _logits(hidden: Array, unembed: Array, vocab: int | None) -> Array:
@@ -88,6 +357,15 @@ def _logits(hidden: Array, unembed: Array, vocab: int | None) -> Array:
         real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < vocab
         logits = jnp.where(real, logits, -jnp.inf)
     return logits
+
+
+def _products(d_logits: Array, hidden: Array, unembed: Array) -> tuple[Array, Array]:
+    """Gradients of a chunk's hidden states (in their dtype) and of the matrix (float32)."""
+    # The two products run in the dtype of the weights, as the forward does.
+    d_logits = d_logits.astype(jnp.promote_types(hidden.dtype, unembed.dtype))
+    d_hidden = jnp.einsum("btv,dv->btd", d_logits, unembed, preferred_element_type=jnp.float32)
+    d_unembed = jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+    return d_hidden.astype(hidden.dtype), d_unembed
 
 
 def _split(values: Array, steps: int) -> Array:
@@ -105,6 +383,16 @@ def _join(values: Array, length: int) -> Array:
     return values.reshape(values.shape[0], -1, *values.shape[3:])[:, :length]
 
 
+def _deal(values: Array, groups: int) -> Array:
+    """[B, ...] -> [groups, B / groups, ...]; every group has rows of every device."""
+    return values.reshape(-1, groups, *values.shape[1:]).swapaxes(0, 1)
+
+
+def _gather(values: Array) -> Array:
+    """The inverse of ``_deal``."""
+    return values.swapaxes(0, 1).reshape(-1, *values.shape[2:])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _logps(steps: int, vocab: int | None, hidden: Array, unembed: Array, targets: Array) -> Array:
     return _forward(steps, vocab, hidden, unembed, targets)[0]
@@ -114,10 +402,8 @@ def _forward(
     steps: int, vocab: int | None, hidden: Array, unembed: Array, targets: Array
 ) -> tuple[Array, Any]:
     def one(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        logits = _logits(hidden, unembed, vocab)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - total, total
+        logps, (_, _, total) = _pick_forward(_logits(hidden, unembed, vocab), targets)
+        return logps, total
 
     length = hidden.shape[1]
     if steps >= length:
@@ -134,14 +420,7 @@ def _backward(steps: int, vocab: int | None, saved: Any, grad: Array) -> tuple[A
 
     def one(hidden: Array, targets: Array, total: Array, grad: Array) -> tuple[Array, Array]:
         logits = _logits(hidden, unembed, vocab)
-        ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
-        hit = ids == targets[..., None]
-        d_logits = grad[..., None] * (hit - jnp.exp(logits - total[..., None]))
-        # The two products run in the dtype of the weights, as the forward does.
-        d_logits = d_logits.astype(jnp.promote_types(hidden.dtype, unembed.dtype))
-        d_hidden = jnp.einsum("btv,dv->btd", d_logits, unembed, preferred_element_type=jnp.float32)
-        d_unembed = jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
-        return d_hidden.astype(hidden.dtype), d_unembed
+        return _products(_pick_backward((logits, targets, total), grad)[0], hidden, unembed)
 
     length = hidden.shape[1]
     if steps >= length:

@@ -1,0 +1,65 @@
+"""Divergences of two next-token (or class) distributions, in nats, one number per position.
+
+Each is ``(student_logits [..., V], teacher) -> [...]``; the teacher is its logits [..., V] or, for
+``top_k``, a dict of stored columns. Vocabulary entries at -inf on both sides count nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def forward_kl(student: Array, teacher: Array, *, temperature: float = 1.0) -> Array:
+    """``KL(teacher || student)`` at a temperature (Hinton et al. 2015, without the factor T^2)."""
+    return _kl(_logps(teacher, temperature), _logps(student, temperature))
+
+
+def reverse_kl(student: Array, teacher: Array, *, temperature: float = 1.0) -> Array:
+    """``KL(student || teacher)`` at a temperature (Gu et al. 2024, MiniLLM)."""
+    return _kl(_logps(student, temperature), _logps(teacher, temperature))
+
+
+def jsd(student: Array, teacher: Array, *, beta: float, temperature: float = 1.0) -> Array:
+    """Generalised Jensen-Shannon divergence (Agarwal et al. 2024, GKD, eq. 1).
+
+    ``beta KL(teacher || m) + (1 - beta) KL(student || m)`` with ``m = beta teacher + (1 - beta)
+    student``, 0 < beta < 1. Divided by beta it tends to the forward KL as beta goes to 0, divided
+    by 1 - beta to the reverse KL as beta goes to 1; at the ends themselves it is 0.
+    """
+    teacher, student = _logps(teacher, temperature), _logps(student, temperature)
+    mixed = jnp.logaddexp(jnp.log(beta) + teacher, jnp.log1p(-beta) + student)
+    return beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
+
+
+def top_k(student: Array, teacher: dict[str, Array]) -> Array:
+    """Forward KL to a teacher of which the K most likely tokens are stored.
+
+    Args:
+      teacher: ``ids`` [..., K], ``logits`` [..., K] log-probabilities in nats and ``tail`` [...],
+        the probability of all other tokens.
+
+    The other tokens are one event on both sides, so this is a lower bound of the full divergence
+    (data processing inequality), exact when the tail is 0 or has the student's proportions.
+    """
+    logps = _logps(student, 1.0)
+    mine = jnp.take_along_axis(logps, teacher["ids"], axis=-1)
+    theirs = teacher["logits"].astype(jnp.float32)
+    tail = teacher["tail"].astype(jnp.float32)
+    kept = jnp.clip(jnp.exp(mine).sum(-1), 0.0, 1.0 - 1e-6)
+    rest = jnp.where(tail > 0, tail, 1.0)
+    other = jnp.where(tail > 0, tail * (jnp.log(rest) - jnp.log1p(-kept)), 0.0)
+    return (jnp.exp(theirs) * (theirs - mine)).sum(-1) + other
+
+
+def _logps(logits: Array, temperature: float) -> Array:
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+
+
+def _kl(p: Array, q: Array) -> Array:
+    """``KL(p || q)`` of log-probabilities; entries that p excludes count nothing."""
+    inside = p > -jnp.inf
+    difference = jnp.where(inside, p, 0.0) - jnp.where(inside, q, 0.0)
+    return jnp.where(inside, jnp.exp(p) * difference, 0.0).sum(-1)
