@@ -98,21 +98,22 @@ class Contender:
                 f"{side.name} needs {', '.join(absent)}: pip install 'w2s_jax[parity]'"
             )
             return
-        self.stack = contextlib.ExitStack()
-        self.log = self.stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+        self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
+        self.log = Path(self.folder.name) / "stderr"
         orders, to_side = os.pipe()
         from_side, answers = os.pipe()
         pipes = {"BENCHMARK_ORDERS": str(orders), "BENCHMARK_ANSWERS": str(answers)}
         command = [sys.executable, "-m", "benchmarks.turn", side.call, json.dumps(side.options)]
         self.began = time.perf_counter()
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(side, settings) | pipes,
-            pass_fds=(orders, answers),
-            stdout=subprocess.DEVNULL,
-            stderr=self.log,
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(side, settings) | pipes,
+                pass_fds=(orders, answers),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
         os.close(orders)
         os.close(answers)
         self.orders, self.answers = os.fdopen(to_side, "w"), os.fdopen(from_side)
@@ -140,15 +141,15 @@ class Contender:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.stack.close()
+        self.folder.cleanup()
 
     def _hear(self) -> dict[str, Any]:
         line = self.answers.readline()
         if line.strip():
             return json.loads(line)
         code = self.process.wait()
-        self.log.seek(0)
-        lines = [text.strip() for text in self.log.read().splitlines() if text.strip()]
+        said = self.log.read_text(errors="replace")
+        lines = [text.strip() for text in said.splitlines() if text.strip()]
         reason = lines[-1][:300] if lines else f"it ended with code {code} and said nothing"
         self.result.error = f"{self.side.name} failed: {reason}"
         return {}
