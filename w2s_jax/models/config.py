@@ -30,9 +30,10 @@ class Config:
     ``dtype`` is for compute, ``param_dtype`` for what ``init`` makes. ``remat`` says what the
     backward pass makes again instead of keeping: "none", or see the table in ``models.remat``.
     ``scan`` None scans deep stacks and those with ``remat`` (unrolled is faster; scanned compiles
-    in a time independent of depth, and keeps no more than it is told). ``pad_vocab`` rounds the rows of the embedding and the unembedding up to
-    a multiple (128 for matrix units, or the size of the tensor axis); the added rows are zero, get
-    no gradient, have no probability and are never exported.
+    in a time independent of depth, and keeps no more than it is told). ``pad_vocab`` rounds the
+    rows of the embedding and the unembedding up to a multiple (128 for matrix units, or the size
+    of the tensor axis); the added rows are zero, get no gradient, have no probability and are
+    never exported.
 
     Raises:
       UserError: sizes that do not fit together or an unknown option.

@@ -46,13 +46,13 @@ def load(
     ``nano-3@1:0.5`` is the shipped rung 3, pretraining seed 1 (0 if not said), half way through its
     pretraining (its end if not said). The parameters get
     ``dtype`` (float32 if None, whatever the files hold), products are computed in ``compute``
-    (``dtype`` if None); ``options`` replace other fields of ``Config`` (``remat``, ``scan``). With
-    a ``mesh`` every weight goes straight to its shards.
+    (``dtype`` if None); ``options`` replace other fields of ``Config`` (``remat``, ``scan``,
+    ``pad_vocab``). With a ``mesh`` every weight goes straight to its shards.
 
     Raises:
       UserError: a name that is nothing of these, a hub that cannot be reached, an unsupported or
-        incomplete config.json, weights that do not fit it or are corrupt, no tokenizer, or one
-        with more tokens than the model.
+        incomplete config.json, weights that do not fit it, are corrupt or not finite, no
+        tokenizer, or one with more tokens than the model.
     """
     folder = locate(name_or_path)
     config = read_config(folder)
@@ -261,8 +261,9 @@ def _replacing(path: Path):
 
 def _verify(folder: Path, model: Model, params: Params, stored: str) -> None:
     config = dataclasses.replace(read_config(folder), param_dtype=stored)
-    back = weights.read(folder, transformer(config))
-    want = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(stored)), params)
+    back = weights.real_leaves(config, weights.read(folder, transformer(config)))
+    want = weights.real_leaves(model.config, params)
+    want = {name: np.asarray(x).astype(jnp.dtype(stored)) for name, x in want.items()}
     if fingerprint(back) != fingerprint(want):
         raise UserError(f"what was written to {folder} does not read back as it was: disk fault?")
     same = dataclasses.replace(
@@ -271,6 +272,7 @@ def _verify(folder: Path, model: Model, params: Params, stored: str) -> None:
         param_dtype=model.config.param_dtype,
         remat=model.config.remat,
         scan=model.config.scan,
+        pad_vocab=model.config.pad_vocab,
     )
     if same != model.config:
         raise UserError(f"{folder}: config.json does not describe the model: {same}")

@@ -23,6 +23,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.models.attention import attend, mix, plan, rope_angles, rotate
 from w2s_jax.models.cache import Cache, init_cache
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
+from w2s_jax.models.remat import policy
 from w2s_jax.types import Array, Model, Output, Params, Tree
 
 __all__ = [
@@ -36,13 +37,6 @@ __all__ = [
     "shapes",
     "transformer",
 ]
-
-_POLICIES = jax.checkpoint_policies
-_SAVED: dict[str, Any] = {
-    "full": _POLICIES.nothing_saveable,
-    "dots": _POLICIES.dots_with_no_batch_dims_saveable,
-    "outputs": _POLICIES.save_only_these_names("attention", "ffn"),
-}
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,10 +72,11 @@ def transformer(config: Config) -> Model:
 
 
 def decode(output: Output) -> Array:
-    """Logits [B,T,V] float32 of an output's hidden states."""
-    return jnp.einsum(
+    """Logits [B,T,V] float32 of an output's hidden states; V is the real vocabulary."""
+    logits = jnp.einsum(
         "btd,dv->btv", output.hidden, output.unembed, preferred_element_type=jnp.float32
     )
+    return logits[..., : output.vocab]
 
 
 def params_count(config: Config) -> int:
@@ -113,6 +108,18 @@ def _param(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], *axe
     return value  # pyright: ignore[reportReturnType]
 
 
+def _padded(init: Any, config: Config, axis: int) -> Any:
+    """``init`` for the real tokens along ``axis``, zeros for the padding."""
+
+    def make(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        extra = shape[axis] - config.vocab
+        real = tuple(n - extra * (i == axis) for i, n in enumerate(shape))
+        pads = [(0, extra * (i == axis)) for i in range(len(shape))]
+        return jnp.pad(init(key, real, dtype), pads) if extra else init(key, shape, dtype)
+
+    return make
+
+
 def _constrain(x: Array, *names: str | None) -> Array:
     """The logical constraint on an activation, left out where the mesh does not divide an axis."""
     rules: dict[Any, Any] = dict(core_spmd.get_logical_axis_rules())
@@ -136,8 +143,9 @@ class Decoder(nn.Module):
         self, tokens, segment=None, position=None, rows=None, cache: Cache | None = None
     ) -> Output:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        shape = (config.vocab, config.width)
-        init = nn.initializers.normal(config.width**-0.5)  # logits of a tied head start near 1
+        shape = (config.vocab_rows, config.width)
+        spread = config.width**-0.5  # the logits of a tied head start near 1
+        init = _padded(nn.initializers.normal(spread), config, 0)
         embed = _param(self, "embed", init, shape, "vocab", "embed")
         embed = _constrain(embed, "vocab", "act_embed")  # gather whole rows, sharded by vocabulary
         x = embed[tokens].astype(dtype)
@@ -153,11 +161,13 @@ class Decoder(nn.Module):
         if config.tie:
             unembed = embed.T
         else:
-            shape = (config.width, config.vocab)
-            unembed = _param(self, "unembed", nn.initializers.normal(0.02), shape, "embed", "vocab")
+            shape = (config.width, config.vocab_rows)
+            init = _padded(nn.initializers.normal(0.02), config, 1)
+            unembed = _param(self, "unembed", init, shape, "embed", "vocab")
         if cache is not None:
             cache = dataclasses.replace(cache, layers=layers)
-        return Output(hidden=x, unembed=unembed.astype(dtype), cache=cache)
+        real = config.vocab if config.vocab_rows > config.vocab else None
+        return Output(hidden=x, unembed=unembed.astype(dtype), cache=cache, vocab=real)
 
     @nn.nowrap
     def _layers(self, x, rope, scope, cache: Cache | None):
@@ -165,7 +175,7 @@ class Decoder(nn.Module):
         if cache is None and (config.scanned or self.is_initializing()):
             block = Block
             if config.remat != "none":
-                block = nn.remat(Block, prevent_cse=False, policy=_SAVED[config.remat])
+                block = nn.remat(Block, prevent_cse=False, policy=policy(config.remat))
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -186,7 +196,7 @@ class Decoder(nn.Module):
             return block.apply({"params": params}, x, rope, scope, pair)
 
         if config.remat != "none" and cache is None:
-            run = jax.checkpoint(run, policy=_SAVED[config.remat])
+            run = jax.checkpoint(run, policy=policy(config.remat))
         pairs = []
         # lax.split, whose transpose is one concatenation; indexing would add up padded gradients
         stacked, tree = jax.tree.flatten(self.variables["params"]["layers"])
@@ -232,6 +242,7 @@ class Block(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         q = _constrain(q, "batch", "length", "act_heads", None)
         k, v = (_constrain(y, "batch", "length", "act_heads", None) for y in (k, v))
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         if pair is None:
             y = mix(q, k, v, scope)
         else:

@@ -43,8 +43,18 @@ class Stored:
         return tuple(self.handles[name].get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor, in the stored dtype."""
-        return np.asarray(self.handles[name].get_slice(name)[index])
+        """A slice of a tensor, in the stored dtype.
+
+        Raises:
+          UserError: a number in it is NaN or infinite.
+        """
+        values = np.asarray(self.handles[name].get_slice(name)[index])
+        if not finite(values):
+            raise UserError(
+                f"{self.folder}: tensor {name} holds NaN or infinity; the training that wrote it "
+                "broke or the file is damaged: take an earlier checkpoint or download it again"
+            )
+        return values
 
 
 @contextlib.contextmanager
@@ -73,6 +83,14 @@ def opened(folder: Path) -> Iterator[Stored]:
         yield Stored({name: opened[file] for name, file in found.items()}, folder)
 
 
+def finite(values: np.ndarray) -> bool:
+    """Whether every number is finite; about as fast as reading them."""
+    if values.dtype == jnp.bfloat16:  # numpy knows it only by slow casts: all exponent bits set?
+        exponent = np.uint16(0x7F80)
+        return not bool(((values.view(np.uint16) & exponent) == exponent).any())
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
 def _index(folder: Path) -> dict[str, str]:
     try:
         where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -99,7 +117,7 @@ def read(folder: Path, model: Model, *, mesh: Mesh | None = None) -> Params:
 
     Raises:
       UserError: see ``opened``; a tensor that is missing, of another shape than the config says,
-        or not expected.
+        not finite, or not expected.
     """
     config: Config = model.config
     sizes = shapes(config)
@@ -111,7 +129,8 @@ def read(folder: Path, model: Model, *, mesh: Mesh | None = None) -> Params:
             leaf = leaf_name(path)
 
             def part(index: Any) -> np.ndarray:
-                return _part(stored, table[leaf], leaf, shape.shape, index).astype(shape.dtype)
+                real = _real_shape(config, leaf, shape.shape)
+                return _padded_part(stored, table[leaf], leaf, real, shape, index)
 
             if sharding is None:
                 return jnp.asarray(part((slice(None),) * len(shape.shape)))
@@ -124,6 +143,29 @@ def read(folder: Path, model: Model, *, mesh: Mesh | None = None) -> Params:
 def leaf_name(path: Any) -> str:
     """ "layers/q" for the key path of that leaf."""
     return "/".join(str(entry.key) for entry in path)
+
+
+def _real_shape(config: Config, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a leaf without the padding of the vocabulary."""
+    axis = {"embed": 0, "unembed": 1}.get(leaf)
+    return tuple(config.vocab if i == axis else n for i, n in enumerate(shape))
+
+
+def _padded_part(
+    stored: Stored,
+    tensor: Tensor,
+    leaf: str,
+    real: tuple[int, ...],
+    shape: jax.ShapeDtypeStruct,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """``_part`` of a leaf whose ``shape`` has zeros beyond its ``real`` shape."""
+    bounds = [w.indices(size)[:2] for w, size in zip(index, shape.shape, strict=True)]
+    inside = [(min(a, n), min(b, n)) for (a, b), n in zip(bounds, real, strict=True)]
+    part = _part(stored, tensor, leaf, real, tuple(slice(*pair) for pair in inside))
+    missing = [(0, b - a - n) for (a, b), n in zip(bounds, part.shape, strict=True)]
+    part = np.pad(part, missing) if any(after for _, after in missing) else part
+    return part.astype(shape.dtype)
 
 
 def _part(
@@ -159,7 +201,8 @@ def _table(stored: Stored, config: Config) -> dict[str, Tensor]:
     want: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(config)):
         name = leaf_name(path)
-        want.update(stored_shapes(table[name], name, leaf.shape))
+        real = _real_shape(config, name, leaf.shape)
+        want.update(stored_shapes(table[name], name, real))
     for name, shape in want.items():
         if name not in stored.handles:
             raise UserError(
@@ -194,10 +237,18 @@ def stored_shapes(tensor: Tensor, leaf: str, shape: tuple[int, ...]) -> dict[str
     return dict.fromkeys(names, shape[::-1] if tensor.transposed else shape)
 
 
+def real_leaves(config: Config, params: Params) -> dict[str, Any]:
+    """Leaf name -> weights, without the padding of the vocabulary."""
+    leaves = {leaf_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    for name in {"embed", "unembed"} & leaves.keys():
+        real = _real_shape(config, name, leaves[name].shape)
+        leaves[name] = leaves[name][: real[0], : real[1]]
+    return leaves
+
+
 def tensors(config: Config, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of a checkpoint as (name, contiguous host array), layer by layer."""
-    table = weights(config)
-    leaves = {leaf_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    table, leaves = weights(config), real_leaves(config, params)
     fused: dict[str, list[str]] = {}
     for leaf in table:
         fused.setdefault(table[leaf].name, []).append(leaf)
@@ -216,7 +267,7 @@ def tensors(config: Config, params: Params, dtype: Any) -> Iterator[tuple[str, n
 
 def _sizes(config: Config, params: Params, dtype: Any) -> dict[str, int]:
     """Bytes of every tensor, in the order of ``tensors``."""
-    leaves = {leaf_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = real_leaves(config, params)
     sizes: dict[str, int] = {}
     for leaf, tensor in weights(config).items():
         width = jnp.dtype(dtype or leaves[leaf].dtype).itemsize
