@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from w2s_jax import annotate as annotating
+from w2s_jax import mesh as meshes
 from w2s_jax.annotate import annotate, predict, probabilities, surprise
+from w2s_jax.data.shards import Shards
 from w2s_jax.errors import UserError
 from w2s_jax.mesh import batch_sharding, make_mesh, replicated
 from w2s_jax.models.heads import linear
@@ -89,13 +92,87 @@ def test_a_kept_column_is_not_made_again(table, tmp_path) -> None:
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_damaged_cache_is_made_again_with_a_word(table, tmp_path, caplog) -> None:
+def counted(table, tmp_path, batch=1):
+    """How many rows a pass over a cache makes, and what it gives."""
+    made = []
+
+    def fn(scale, rows):
+        jax.debug.callback(lambda x: made.append(len(x)), rows["features"])
+        return total(scale, rows)
+
+    done = annotate(fn, SCALE, table, "score", batch=batch, cache=tmp_path)["score"]
+    jax.effects_barrier()
+    return sum(made), done
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    monkeypatch.setattr("w2s_jax.annotate.SHARD", 2)
+
+
+def test_a_stopped_pass_goes_on_where_it_was(table, tmp_path, small_shards, monkeypatch) -> None:
+    put, full = Shards.put, predict(total, SCALE, table)
+
+    def twice(self, number, arrays):
+        if number == 2:
+            raise KeyboardInterrupt
+        put(self, number, arrays)
+
+    monkeypatch.setattr(Shards, "put", twice)
+    with pytest.raises(KeyboardInterrupt):
+        annotate(total, SCALE, table, "score", batch=1, cache=tmp_path)
+    monkeypatch.setattr(Shards, "put", put)
+    made, done = counted(table, tmp_path)
+    assert made == 3, "of 7 rows two shards of two were there"
+    np.testing.assert_array_equal(done, full)
+    assert counted(table, tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("harm", ["cut", "bit", "gone"])
+def test_a_damaged_shard_is_made_again_with_a_word(
+    table, tmp_path, small_shards, caplog, harm
+) -> None:
+    first = annotate(total, SCALE, table, "score", batch=1, cache=tmp_path)["score"]
+    kept = sorted(tmp_path.glob("*.npy"))[1]
+    content = bytearray(kept.read_bytes())
+    content[-3] ^= 1
+    kept.unlink()
+    if harm != "gone":
+        kept.write_bytes(content if harm == "bit" else content[:-2])
+    made, again = counted(table, tmp_path)
+    assert made == 2 and f"{kept} is damaged" in caplog.text and len(caplog.records) == 1
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_damaged_index_is_one_line(table, tmp_path) -> None:
     annotate(total, SCALE, table, "score", cache=tmp_path)
-    (kept,) = tmp_path.iterdir()
-    kept.write_bytes(kept.read_bytes()[:40])
-    done = annotate(total, SCALE, table, "score", cache=tmp_path)
-    np.testing.assert_allclose(done["score"], 3 * table["features"].sum(-1), rtol=1e-6)
-    assert "damaged" in caplog.text
+    (tmp_path / "index.json").write_text('{"format": 1')
+    with pytest.raises(UserError, match=r"index.json is damaged .*delete") as error:
+        annotate(total, SCALE, table, "score", cache=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_next_batch_is_under_way_before_the_last_is_fetched(table, monkeypatch) -> None:
+    events = []
+    put, fetch = meshes.put_batch, annotating._fetch
+    monkeypatch.setattr(meshes, "put_batch", lambda *a: events.append("put") or put(*a))
+    monkeypatch.setattr(annotating, "_fetch", lambda *a: events.append("fetch") or fetch(*a))
+    predict(total, SCALE, table, batch=3)
+    assert events == ["put", "put", "fetch", "put", "fetch", "fetch"]
+
+
+def test_several_tables_give_several_results(table) -> None:
+    wide = Table({"features": np.ones((2, 5), np.float32)})
+    first, second = predict(total, SCALE, [table, wide], batch=3)
+    np.testing.assert_array_equal(first, predict(total, SCALE, table))
+    np.testing.assert_array_equal(second, [15, 15])
+
+
+def test_a_pass_says_how_far_it_is(table, monkeypatch, capsys) -> None:
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr(annotating.time, "perf_counter", lambda: float(next(now)))
+    predict(total, SCALE, table, batch=2, progress="teacher")
+    assert capsys.readouterr().err == "teacher: 4/7 rows\nteacher: 7/7 rows\n"
 
 
 def test_a_cache_of_other_rows_is_refused(table, tmp_path) -> None:

@@ -116,7 +116,8 @@ class Table:
             yield {name: jax.tree.map(lambda leaf: leaf[0], one[name]) for name in one.columns}
 
     def digest(self) -> str:
-        """Content hash (hex): equal tables have equal digests, whatever stores them."""
+        """Content hash (hex): equal tables have equal digests, whatever stores them (but a column
+        made when asked for is named by what it depends on)."""
         digest = hashlib.sha256()
         for name in sorted(self.columns):
             _hash(digest, name, self.columns[name], len(self))
@@ -160,6 +161,9 @@ def _hash(digest: Any, name: str, column: Any, length: int) -> None:
     if isinstance(column, Mapping):
         for key in sorted(column):
             _hash(digest, f"{name}.{key}", column[key], length)
+        return
+    if own := getattr(column, "digest", None):  # made when asked for: it says what it depends on
+        digest.update(f"{name}:{own()};".encode())
         return
     values = _take(column, np.arange(length))
     digest.update(f"{name}:{values.dtype}:{values.shape};".encode())

@@ -1,0 +1,254 @@
+"""Rows computed once and kept in a folder of numpy shards: whole or absent, hashed, resumed.
+
+``index.json`` says what is kept, the type of a record, and of every finished shard its records,
+bytes and hash; it is rewritten, atomically, after each shard. A process killed at any moment
+loses the shard it was making.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2s_jax import workdir
+from w2s_jax.errors import UserError
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a record: ``dtype`` as jax names it, ``shape`` of one record."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+
+@dataclass
+class Shards:
+    """A folder of shards; shard ``i`` holds what was made of rows ``[i * size, (i + 1) * size)``.
+
+    ``about`` is what the content depends on, ``fields`` the arrays of a record, ``done`` maps the
+    number of a finished shard to its ``records``, ``bytes`` and ``sha256``. A row may have any
+    number of records.
+    """
+
+    folder: Path
+    rows: int
+    size: int
+    about: dict[str, Any]
+    fields: tuple[Field, ...] = ()
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Shards:
+        """What a folder holds, finished or not.
+
+        Raises:
+          UserError: no folder, no index in it, or one that cannot be understood.
+        """
+        path = folder / INDEX
+        try:
+            index = json.loads(path.read_text())
+            if index["format"] != FORMAT:
+                raise ValueError(f"format {index['format']}, not {FORMAT}")
+            fields = tuple(Field(n, d, tuple(s)) for n, d, s in index["fields"])
+            done = {int(number): entry for number, entry in index["shards"].items()}
+            return cls(folder, index["rows"], index["size"], index["about"], fields, done)
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no shards: there is no {INDEX}") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); delete {folder} and write it again"
+            ) from (None)
+
+    @classmethod
+    def begin(cls, folder: Path, rows: int, size: int, about: Mapping[str, Any]) -> Shards:
+        """The shards of ``folder`` to be finished, or new ones where there is nothing yet.
+
+        Raises:
+          UserError: the folder holds something else (named).
+        """
+        about = json.loads(json.dumps(dict(about)))
+        if not (folder / INDEX).exists():
+            return cls(folder, rows, size, about)
+        held = cls.read(folder)
+        if held.rows != rows:
+            raise UserError(f"{folder}: holds {held.rows} rows for a table of {rows}; delete it")
+        for name in sorted(about.keys() | held.about.keys()):
+            if about.get(name) != held.about.get(name):
+                raise UserError(
+                    f"{folder} holds {name} {held.about.get(name)!r}, not {about.get(name)!r}: "
+                    "give another folder"
+                )
+        return held
+
+    @property
+    def count(self) -> int:
+        """Number of shards when all are there."""
+        return -(-self.rows // self.size)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the finished shards."""
+        return sum(entry["bytes"] for entry in self.done.values())
+
+    @property
+    def records(self) -> int:
+        """Records of the finished shards."""
+        return sum(entry["records"] for entry in self.done.values())
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The numpy type of a record (bfloat16 as its bits)."""
+        return np.dtype([(f.name, _stored(f.dtype), f.shape) for f in self.fields])
+
+    def span(self, number: int) -> tuple[int, int]:
+        """First and last-plus-one row of a shard."""
+        return number * self.size, min(self.rows, (number + 1) * self.size)
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        return [number for number in range(self.count) if number not in self.done]
+
+    def path(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / f"{number:05d}.npy"
+
+    def put(self, number: int, arrays: Mapping[str, np.ndarray], **notes: Any) -> None:
+        """Write a shard from its arrays [records, ...], then the index, with ``notes`` on it.
+
+        Raises:
+          UserError: it cannot be written, or its arrays are of another kind than the others'.
+        """
+        fields = tuple(Field(n, a.dtype.name, a.shape[1:]) for n, a in sorted(arrays.items()))
+        if self.fields and fields != self.fields:
+            raise UserError(f"{self.folder} holds {self.fields}, not {fields}: delete it")
+        self.fields = fields
+        records = np.empty(len(next(iter(arrays.values()))), self.dtype)
+        for name, array in arrays.items():
+            records[name] = _bits(array)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.done[number] = _write(self.path(number), records) | notes
+            workdir.write(self.folder / INDEX, json.dumps(self._index(), indent=1))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path(number)}: {error.strerror}") from None
+
+    def get(self, number: int, *, verify: bool = False) -> np.ndarray:
+        """The records of a shard, memory-mapped; ``verify`` reads them all and compares the hash.
+
+        Raises:
+          UserError: the shard is missing, of another size or type, or (verified) damaged.
+        """
+        path, entry = self.path(number), self.done[number]
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"{size} bytes instead of {entry['bytes']}")
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise self._damaged(number, error) from None
+        if records.dtype != self.dtype or records.shape != (entry["records"],):
+            raise self._damaged(number, f"{records.dtype} {records.shape}")
+        if verify and _hash(records) != entry["sha256"]:
+            raise self._damaged(number, "its content is not what was written")
+        return np.asarray(records)  # a plain view of the map: cheaper to index
+
+    def unpack(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of records, bfloat16 as such."""
+        return {f.name: _typed(records[f.name], f.dtype) for f in self.fields}
+
+    def drop_damaged(self, verify: bool, say: Callable[[str], None]) -> None:
+        """Forget finished shards that cannot be read (one line each), so that they are missing."""
+        for number in sorted(self.done):
+            try:
+                self.get(number, verify=verify)
+            except UserError as error:
+                say(f"{error}; making it again")
+                del self.done[number]
+
+    def finished(self) -> Shards:
+        """Itself, if no shard is missing.
+
+        Raises:
+          UserError: some are.
+        """
+        if missing := self.missing():
+            raise UserError(
+                f"{self.folder} is half-written ({self.count - len(missing)} of {self.count} "
+                "shards): run what writes it again, it goes on where it stopped"
+            )
+        return self
+
+    def _damaged(self, number: int, why: object) -> UserError:
+        reason = getattr(why, "strerror", None) or why
+        return UserError(f"shard {self.path(number)} is damaged: {reason}")
+
+    def _index(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "about": self.about,
+            "rows": self.rows,
+            "size": self.size,
+            "fields": [[f.name, f.dtype, list(f.shape)] for f in self.fields],
+            "shards": {str(number): self.done[number] for number in sorted(self.done)},
+        }
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of several parts end to end."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _write(path: Path, records: np.ndarray) -> dict[str, Any]:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            np.lib.format.write_array(file, records, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    size = path.stat().st_size
+    return {"records": len(records), "bytes": size, "sha256": _hash(records)}
+
+
+def _hash(records: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(records).view(np.uint8)).hexdigest()
+
+
+def _stored(name: str) -> str:
+    dtype = _named(name)
+    return f"u{dtype.itemsize}" if dtype.kind == "V" else name
+
+
+def _named(name: str) -> np.dtype:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes  # a dependency of jax
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
+
+
+def _typed(array: np.ndarray, name: str) -> np.ndarray:
+    dtype = _named(name)
+    return np.ascontiguousarray(array).view(dtype) if dtype.kind == "V" else array
