@@ -185,7 +185,9 @@ def _pack_class(
     back = np.full((*shape, 2), -1, np.int32)
     take = np.full((len(source), 2 * per_row, length), -1, np.int32)
     count = _ceil(predictions.sum(1).max(), multiple)
-    targets = {name: np.zeros((len(source), count), np.int32) for name in ("at", "ids", "of")}
+    targets: dict[str, np.ndarray] = {
+        name: np.zeros((len(source), count), np.int32) for name in ("at", "ids", "of")
+    }
     targets["mask"] = np.zeros((len(source), count), np.float32)
 
     row, slot = np.nonzero(real)

@@ -55,7 +55,7 @@ def token_logps(
       UserError: shapes that do not fit together, or a chunk or vocab that is not positive.
     """
     _check(hidden, unembed, targets, mask, chunk, vocab)
-    steps = _steps(*hidden.shape[:2], unembed.shape[1], chunk)
+    steps = _steps(hidden.shape[0], hidden.shape[1], unembed.shape[1], chunk)
     kept = mask > 0
     real = _real(unembed, vocab)
     logps: Any = _logps(steps, real, hidden, unembed, jnp.where(kept, targets, 0))
