@@ -1,0 +1,222 @@
+"""Steps of common methods drawn up from an architecture alone, for ``train.plan``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax.errors import UserError
+from w2s_jax.losses import distillation, preference
+from w2s_jax.models import lora as adapters
+from w2s_jax.models.config import Config, flops_per_token
+from w2s_jax.models.shapes import shape
+from w2s_jax.models.transformer import shapes, transformer
+from w2s_jax.objectives import distill, language, on_base, prefer
+from w2s_jax.train.optim import Tune
+from w2s_jax.train.plan import Draft, Options, Recipe, report
+from w2s_jax.train.topology import prepare
+from w2s_jax.types import Batch, Model, Objective, Tree
+
+TOP = 64  # tokens that a stored teacher keeps per prediction
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What to plan."""
+
+    model: str = "llama-3.1-8b"
+    """A published architecture (llama-3.1-8b, qwen2.5-7b, ...), a model folder or a config.json."""
+    method: Literal["sft", "dpo", "kd"] = "dpo"
+    """Language modelling, preference pairs with stored reference, or distillation."""
+    topology: str = "v5e:8x8"
+    """v4, v5e, v5p or v6e with the shape of a slice, or cpu:N."""
+    batch: int = 64
+    """Rows, or pairs, per update."""
+    length: int = 2048
+    """Tokens of a row; of a pair, of prompt and one response together."""
+    prompt: int = 0
+    """Tokens of the prompt that both responses of a pair share (stored once); 0: pairs as two
+    separate rows whose every token is predicted, the most there can be."""
+    teacher: str | None = None
+    """Distillation: architecture of a live teacher; default a stored one."""
+    mesh: str | None = None
+    """Device mesh, for instance fsdp=32,tensor=2; default fsdp as far as the batch divides."""
+    micro: int = 1
+    """Micro-batches per update."""
+    remat: str = "full"
+    """What the backward pass makes again: none, dots, attention, outputs, full, offload."""
+    rank: int = 0
+    """Rank of adapters on all projections of a frozen base; 0 trains all weights."""
+    optimizer: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
+    """Update rule."""
+    dtype: str = "bfloat16"
+    """Of compute, and of frozen weights."""
+    param_dtype: str = "float32"
+    """Of the trained weights."""
+
+
+def draft(
+    config: Config,
+    method: str,
+    tune: Tune,
+    *,
+    length: int,
+    prompt: int = 0,
+    rank: int = 0,
+    teacher: Config | None = None,
+    flags: Mapping[str, str] | None = None,
+    name: str = "",
+) -> Draft:
+    """The step of ``method`` ("sft", "dpo", "kd") on the decoder ``config``.
+
+    Args:
+      tune: ``batch`` is rows or pairs, ``micro`` the micro-batches.
+      length: tokens per row; for pairs, of the prompt and one response.
+      prompt: tokens of the prompt shared by a pair, one packed pair per row; 0: ``chosen`` and
+        ``rejected`` as rows of their own, every token predicted.
+      rank: of adapters over a frozen base in the compute dtype; 0 trains all weights.
+      teacher: of a live teacher, for "kd"; None reads stored distributions.
+      flags: see ``Draft``.
+
+    Raises:
+      UserError: an unknown method, rows longer than the model reads, or no room for a response.
+    """
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if length > config.max_length:
+        raise UserError(f"{length} tokens exceed the {config.max_length} that the model reads")
+    if not 0 <= prompt < length:
+        raise UserError(f"a window of {length} tokens has no room for a prompt of {prompt}")
+    build = partial(_build, config, method, tune, length, prompt, teacher)
+    kind = f"{method} of rank {rank}" if rank else method
+    rows = f"{length:,} tokens" + (f" ({prompt:,} of them the prompt)" if prompt else "")
+    options = Options(tune.batch, tune.micro, config.remat, rank)
+    return Draft(f"{name or config.family} {kind}, rows of {rows}", build, options, flags or {})
+
+
+def _build(
+    config: Config,
+    method: str,
+    tune: Tune,
+    length: int,
+    prompt: int,
+    teacher: Config | None,
+    options: Options,
+) -> Recipe:
+    trained = replace(config, remat=options.remat)
+    if options.rank:
+        trained = replace(trained, param_dtype=config.dtype)
+    model: Model = transformer(trained)
+    params, axes = shapes(trained), model.axes
+    frozen: dict[str, Tree] = {}
+    places: dict[str, Tree] = {}
+    if options.rank:
+        frozen["base"], places["base"] = params, axes
+        model = adapters.lora(model, options.rank)
+        params, axes = adapters.shapes(model), model.axes["lora"]
+    if teacher is not None:
+        teacher = replace(teacher, param_dtype=config.dtype, dtype=config.dtype, remat="none")
+        frozen["teacher"], places["teacher"] = shapes(teacher), transformer(teacher).axes
+    objective, columns, tokens = METHODS[method](model, options.batch, length, prompt, teacher)
+    if options.rank:
+        objective = on_base(objective)
+    tune = replace(tune, batch=options.batch, micro=options.micro, steps=tune.steps or 1000)
+    flops = flops_per_token(config, length)
+    if options.rank:  # no gradients of the frozen weights
+        flops -= flops_per_token(config, 0) / 3
+    if teacher is not None:
+        flops += flops_per_token(teacher, length) / 3
+    held = dict(frozen=frozen, places=places) if frozen else {}
+    return Recipe(objective, params, axes, tune, columns, tokens, flops * tokens, **held)
+
+
+Method = tuple[Objective, Batch, int]
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _rows(batch: int, length: int) -> Batch:
+    """A packed batch of documents."""
+    names = ("tokens", "segment", "position")
+    return {**{name: _ints(batch, length) for name in names}, "mask": _floats(batch, length)}
+
+
+def _sft(model: Model, batch: int, length: int, prompt: int, teacher: Config | None) -> Method:
+    return language(model), _rows(batch, length), batch * length
+
+
+def _dpo(model: Model, batch: int, length: int, prompt: int, teacher: Config | None) -> Method:
+    objective = prefer(model, partial(preference.dpo, beta=5.0))
+    if not prompt:
+        side = {"tokens": _ints(batch, length), "mask": _floats(batch, length)}
+        side["ref"] = _floats(batch)
+        return objective, {"chosen": side, "rejected": dict(side)}, 2 * batch * length
+    places, answers = 2 * length - prompt, 2 * (length - prompt)
+    targets = {name: _ints(batch, answers) for name in ("at", "ids", "of")}
+    columns = {
+        **{name: _ints(batch, places) for name in ("tokens", "segment", "position")},
+        "targets": {**targets, "mask": _floats(batch, answers)},
+        "rows": {"take": _ints(batch, 2, length), "back": _ints(batch, places, 2)},
+        "pairs": {"weight": _floats(batch, 1), "ref": _floats(batch, 1, 2)},
+    }
+    return objective, columns, batch * places
+
+
+def _kd(model: Model, batch: int, length: int, prompt: int, teacher: Config | None) -> Method:
+    columns = _rows(batch, length)
+    if teacher is not None:
+        objective = distill(model, distillation.forward_kl, teacher=transformer(teacher))
+        return objective, columns, batch * length
+    bf16 = jax.ShapeDtypeStruct((batch, length, TOP), jnp.bfloat16)
+    stored = {"ids": _ints(batch, length, TOP), "logits": bf16, "tail": _floats(batch, length)}
+    return distill(model, distillation.top_k), {**columns, "teacher": stored}, batch * length
+
+
+METHODS: dict[str, Callable[..., Method]] = {"sft": _sft, "dpo": _dpo, "kd": _kd}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """``python -m w2s_jax.train.plan``; exit code 3 for a step that does not fit, 2 for a fault."""
+    import tyro
+
+    about = sys.modules["w2s_jax.train.plan"].__doc__
+    given = tyro.cli(Flags, args=argv, prog="python -m w2s_jax.train.plan", description=about)
+    try:
+        prepare(given.topology)
+        sys.exit(report(_asked(given), given.topology, given.mesh))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _asked(given: Flags) -> Draft:
+    """The draft that the flags describe."""
+    sizes = dict(dtype=given.dtype, remat=given.remat)
+    config = replace(shape(given.model), param_dtype=given.param_dtype, **sizes)
+    if given.teacher and given.method != "kd":
+        raise UserError("--teacher goes with --method kd")
+    names = [one.name for one in dataclasses.fields(Options)]
+    return draft(
+        config,
+        given.method,
+        Tune(lr=1e-6, batch=given.batch, micro=given.micro, optimizer=given.optimizer),
+        length=given.length,
+        prompt=given.prompt,
+        rank=given.rank,
+        teacher=shape(given.teacher) if given.teacher else None,
+        flags={name: f"--{name}" for name in names},
+        name=given.model,
+    )
