@@ -1,4 +1,4 @@
-"""Answers of a server, kept as they come so that a killed run loses none; and how fast they come."""
+"""Answers of a server, kept as they come so that a killed run loses none; and how fast it is."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Kept:
     def _read(self, line: bytes) -> None:
         try:
             answer = json.loads(line)
-            self.answers.setdefault(answer.pop("key"), answer)
+            if {"response", "finish"} <= answer.keys():
+                self.answers.setdefault(answer.pop("key"), answer)
         except (ValueError, KeyError, TypeError, AttributeError):
             return  # torn by a kill: that row is asked again
 
