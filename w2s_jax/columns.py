@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,7 @@ def add_teacher(
     tokenizer: Tokenizer | None = None,
     dtype: str = "float16",
     shard: int | None = None,
+    storage: str = "npy",
     batch: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = True,
@@ -151,24 +153,23 @@ def add_teacher(
       tokenizer: of the teacher; without it only the sizes of vocabularies can be compared later.
       dtype: of the stored log-probabilities: float16, bfloat16 or float32.
       shard: rows per shard; None makes shards of about 128 MB.
+      storage: "npy", memory-mapped, or "array_record".
       batch: rows at a time; None takes some 32k tokens (4k on a CPU).
 
     Raises:
       UserError: k larger than the vocabulary; the folder holds another teacher's.
     """
-    name = hashlib.sha256(f"{digest(params)}-{model.config!r}".encode()).hexdigest()[:16]
     tokens = "" if tokenizer is None else teachers.vocabulary(tokenizer)
-    about = teachers.About(name, model.config.vocab, k, tokens, dtype)
+    about = teachers.About("", model.config.vocab, k, tokens, dtype)
+    name = hashlib.sha256(f"{digest(params)}-{model.config!r}".encode()).hexdigest()[:16]
+    about = dataclasses.replace(about, teacher=name)
     done = []
     for table in _listed(tables):
         make = _teaching(model, params, table, k, batch, mesh, "teacher" if progress else "")
-        teachers.write(Path(folder), table, about, make, shard=shard, say=_say(progress))
+        say = print if progress else annotate.log.info
+        teachers.write(folder, table, about, make, shard=shard, storage=storage, say=say)
         done.append(teachers.read(folder, table))
     return done[0] if isinstance(tables, Table) else done
-
-
-def _say(progress: bool) -> Callable[[str], None]:
-    return annotate.log.info if not progress else print
 
 
 def _teaching(

@@ -39,7 +39,11 @@ class Shards:
 
     ``about`` is what the content depends on, ``fields`` the arrays of a record, ``done`` maps the
     number of a finished shard to its ``records``, ``bytes`` and ``sha256``. A row may have any
-    number of records.
+    number of records. ``storage`` is "npy", read through memory maps, or "array_record" (the
+    ArrayRecord format, one entry per row, compressed).
+
+    Raises:
+      UserError: another storage.
     """
 
     folder: Path
@@ -48,6 +52,11 @@ class Shards:
     about: dict[str, Any]
     fields: tuple[Field, ...] = ()
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    storage: str = "npy"
+
+    def __post_init__(self) -> None:
+        if self.storage not in ("npy", "array_record"):
+            raise UserError(f"shards are stored as npy or array_record, not {self.storage!r}")
 
     @classmethod
     def read(cls, folder: Path) -> Shards:
@@ -63,7 +72,8 @@ class Shards:
                 raise ValueError(f"format {index['format']}, not {FORMAT}")
             fields = tuple(Field(n, d, tuple(s)) for n, d, s in index["fields"])
             done = {int(number): entry for number, entry in index["shards"].items()}
-            return cls(folder, index["rows"], index["size"], index["about"], fields, done)
+            rows, size, about = (index[name] for name in ("rows", "size", "about"))
+            return cls(folder, rows, size, about, fields, done, index["storage"])
         except FileNotFoundError:
             raise UserError(f"{folder} holds no shards: there is no {INDEX}") from None
         except OSError as error:
@@ -74,22 +84,24 @@ class Shards:
             ) from (None)
 
     @classmethod
-    def begin(cls, folder: Path, rows: int, size: int, about: Mapping[str, Any]) -> Shards:
+    def begin(
+        cls, folder: Path, rows: int, size: int, about: Mapping[str, Any], storage: str = "npy"
+    ) -> Shards:
         """The shards of ``folder`` to be finished, or new ones where there is nothing yet.
 
         Raises:
           UserError: the folder holds something else (named).
         """
-        about = json.loads(json.dumps(dict(about)))
+        asked: dict[str, Any] = json.loads(json.dumps(dict(about)))
         if not (folder / INDEX).exists():
-            return cls(folder, rows, size, about)
+            return cls(folder, rows, size, asked, storage=storage)
         held = cls.read(folder)
         if held.rows != rows:
             raise UserError(f"{folder}: holds {held.rows} rows for a table of {rows}; delete it")
-        for name in sorted(about.keys() | held.about.keys()):
-            if about.get(name) != held.about.get(name):
+        for name in sorted(asked.keys() | held.about.keys()):
+            if asked.get(name) != held.about.get(name):
                 raise UserError(
-                    f"{folder} holds {name} {held.about.get(name)!r}, not {about.get(name)!r}: "
+                    f"{folder} holds {name} {held.about.get(name)!r}, not {asked.get(name)!r}: "
                     "give another folder"
                 )
         return held
@@ -124,10 +136,18 @@ class Shards:
 
     def path(self, number: int) -> Path:
         """Where a shard lies."""
-        return self.folder / f"{number:05d}.npy"
+        return self.folder / f"{number:05d}.{self.storage}"
 
-    def put(self, number: int, arrays: Mapping[str, np.ndarray], **notes: Any) -> None:
+    def put(
+        self,
+        number: int,
+        arrays: Mapping[str, np.ndarray],
+        counts: np.ndarray | None = None,
+        **notes: Any,
+    ) -> None:
         """Write a shard from its arrays [records, ...], then the index, with ``notes`` on it.
+
+        ``counts`` says how many records each row has (None: one).
 
         Raises:
           UserError: it cannot be written, or its arrays are of another kind than the others'.
@@ -139,15 +159,22 @@ class Shards:
         records = np.empty(len(next(iter(arrays.values()))), self.dtype)
         for name, array in arrays.items():
             records[name] = _bits(array)
+        counts = np.ones(len(records), int) if counts is None else counts
+        path = self.path(number)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.done[number] = _write(self.path(number), records) | notes
+            _write(path, records, counts)
+            size = path.stat().st_size
+            entry = {"records": len(records), "bytes": size, "sha256": _hash(path)}
+            self.done[number] = entry | notes
             workdir.write(self.folder / INDEX, json.dumps(self._index(), indent=1))
         except OSError as error:
-            raise UserError(f"cannot write {self.path(number)}: {error.strerror}") from None
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
-    def get(self, number: int, *, verify: bool = False) -> np.ndarray:
-        """The records of a shard, memory-mapped; ``verify`` reads them all and compares the hash.
+    def get(self, number: int, counts: np.ndarray | None = None, *, verify: bool = False) -> Any:
+        """The records of a shard, read where they are sliced; ``verify`` compares the hash first.
+
+        ``counts`` as for ``put``: an ArrayRecord shard can be cut between rows only.
 
         Raises:
           UserError: the shard is missing, of another size or type, or (verified) damaged.
@@ -157,13 +184,17 @@ class Shards:
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"{size} bytes instead of {entry['bytes']}")
+            if verify and _hash(path) != entry["sha256"]:
+                raise ValueError("its content is not what was written")
+            if self.storage == "array_record":
+                counts = np.ones(entry["records"], int) if counts is None else counts
+                return Packets(path, self.dtype, counts)
             records = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise self._damaged(number, error) from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"shard {path} is damaged: {reason}") from None
         if records.dtype != self.dtype or records.shape != (entry["records"],):
-            raise self._damaged(number, f"{records.dtype} {records.shape}")
-        if verify and _hash(records) != entry["sha256"]:
-            raise self._damaged(number, "its content is not what was written")
+            raise UserError(f"shard {path} is damaged: it holds {records.dtype} {records.shape}")
         return np.asarray(records)  # a plain view of the map: cheaper to index
 
     def unpack(self, records: np.ndarray) -> dict[str, np.ndarray]:
@@ -192,13 +223,10 @@ class Shards:
             )
         return self
 
-    def _damaged(self, number: int, why: object) -> UserError:
-        reason = getattr(why, "strerror", None) or why
-        return UserError(f"shard {self.path(number)} is damaged: {reason}")
-
     def _index(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
+            "storage": self.storage,
             "about": self.about,
             "rows": self.rows,
             "size": self.size,
@@ -212,23 +240,57 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _write(path: Path, records: np.ndarray) -> dict[str, Any]:
+class Packets:
+    """Records of an ArrayRecord file with one entry per row; sliced from row to row."""
+
+    def __init__(self, path: Path, dtype: np.dtype, counts: np.ndarray) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self.path, self.dtype, self.starts = path, dtype, np.cumsum(counts) - counts
+        self.reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+        self.filled = np.flatnonzero(counts)
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        begin, end = span.start or 0, span.stop
+        wanted = self.filled[np.searchsorted(self.starts[self.filled], begin) :]
+        if end is not None:
+            wanted = wanted[: np.searchsorted(self.starts[wanted], end)]
+        if not len(wanted):
+            return np.empty(0, self.dtype)
+        try:
+            return np.frombuffer(b"".join(self.reader.read(wanted.tolist())), self.dtype)
+        except Exception as error:  # the reader raises RuntimeError, ValueError, ...
+            raise UserError(f"shard {self.path} cannot be read as ArrayRecord: {error}") from None
+
+
+def _write(path: Path, records: np.ndarray, counts: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(temporary, "wb") as file:
-            np.lib.format.write_array(file, records, allow_pickle=False)
-            file.flush()
+        if path.suffix == ".npy":
+            with open(temporary, "wb") as file:
+                np.lib.format.write_array(file, records, allow_pickle=False)
+        else:
+            _write_packets(temporary, records, counts)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    size = path.stat().st_size
-    return {"records": len(records), "bytes": size, "sha256": _hash(records)}
 
 
-def _hash(records: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(records).view(np.uint8)).hexdigest()
+def _write_packets(path: Path, records: np.ndarray, counts: np.ndarray) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for part in np.split(records, np.cumsum(counts)[:-1]):
+        writer.write(part.tobytes())
+    writer.close()
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stored(name: str) -> str:

@@ -79,12 +79,13 @@ def counts(table: Table, block: int = 4096) -> np.ndarray:
 
 
 def write(
-    folder: Path,
+    folder: str | Path,
     table: Table,
     about: About,
     make: Callable[[list[tuple[int, int]]], Iterable[Piece]],
     *,
     shard: int | None = None,
+    storage: str = "npy",
     say: Callable[[str], None] = print,
 ) -> Shards:
     """Store what ``make`` gives for the rows that are not there yet.
@@ -94,6 +95,7 @@ def write(
         {"ids" [n,W,K], "logits" [n,W,K] log-probabilities, "tail" [n,W]})`` where ``kept`` marks
         the trained predictions of each row, in order.
       shard: rows per shard; None makes shards of about 128 MB.
+      storage: "npy" or "array_record" (see ``data.shards``); what is begun goes on as it was.
       say: takes one line about each damaged shard, and one when all is written.
 
     Raises:
@@ -103,13 +105,16 @@ def write(
     record = about.k * (_width(about.vocab) + np.dtype("V2").itemsize) + 4
     size = shard or max(1, int(SHARD / record / max(held.mean(), 1)))
     key = identity(table)
-    shards = Shards.begin(Path(folder) / key, len(table), size, {**asdict(about), "table": key})
+    content = {**asdict(about), "table": key}
+    shards = Shards.begin(Path(folder) / key, len(table), size, content, storage)
     shards.drop_damaged(False, say)
     fresh = shards.missing()
     pieces = iter(make([shards.span(number) for number in fresh]) if fresh else ())
     for number in fresh:
-        arrays = _packed(pieces, shards.span(number), held, about)
-        shards.put(number, arrays, largest=int(arrays["ids"].max(initial=0)))
+        begin, end = shards.span(number)
+        arrays = _packed(pieces, (begin, end), held, about)
+        largest = int(arrays["ids"].max(initial=0))
+        shards.put(number, arrays, held[begin:end], largest=largest)
     share = shards.bytes / max(shards.records, 1)
     say(
         f"teacher in {shards.folder}: {shards.records} predictions, top {about.k} of "
@@ -180,12 +185,14 @@ def read(
     about = About(**{k: v for k, v in shards.about.items() if k != "table"})
     _fits(shards.folder, about, vocab, tokenizer)
     shards.finished()
-    maps = [shards.get(number, verify=verify) for number in range(shards.count)]
+    held = counts(table)
+    cuts = [held[slice(*shards.span(number))] for number in range(shards.count)]
+    maps = [shards.get(number, cut, verify=verify) for number, cut in enumerate(cuts)]
     if vocab is not None and vocab < about.vocab:
         worst = max(entry["largest"] for entry in shards.done.values())
         if worst >= vocab:
             raise UserError(f"{folder}: the teacher names token {worst}, the student has {vocab}")
-    rows = Rows(table, counts(table), shards, maps, about)
+    rows = Rows(table, held, shards, maps, about)
     name = f"{about}-{key}"
     return table.with_columns(teacher=columns(rows.take, len(table), about.dtype, name))
 
@@ -228,7 +235,7 @@ class Rows:
         table: Table,
         held: np.ndarray,
         shards: Shards,
-        maps: list[np.ndarray],
+        maps: list[Any],
         about: About,
     ) -> None:
         self.aims = Table({n: table[n] for n in ("targets", "mask") if n in table})
