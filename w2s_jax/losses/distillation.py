@@ -1,7 +1,8 @@
 """Divergences of two next-token (or class) distributions, in nats, one number per position.
 
 Each is ``(student_logits [..., V], teacher) -> [...]``; the teacher is its logits [..., V] or, for
-``top_k``, a dict of stored columns. Vocabulary entries at -inf on both sides count nothing.
+``top_k``, a dict of stored columns. Logits are finite; entries that do not exist have very low
+ones (``losses.sequence.EXCLUDED``) on both sides and count nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +60,5 @@ def _logps(logits: Array, temperature: float) -> Array:
 
 
 def _kl(p: Array, q: Array) -> Array:
-    """``KL(p || q)`` of log-probabilities; entries that p excludes count nothing."""
-    inside = p > -jnp.inf
-    difference = jnp.where(inside, p, 0.0) - jnp.where(inside, q, 0.0)
-    return jnp.where(inside, jnp.exp(p) * difference, 0.0).sum(-1)
+    """``KL(p || q)`` of log-probabilities."""
+    return (jnp.exp(p) * (p - q)).sum(-1)

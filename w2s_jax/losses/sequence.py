@@ -129,7 +129,7 @@ def token_divergence(
             short = logits.shape[-1] - said.shape[-1]
             if short:
                 said = jnp.pad(
-                    said, [(0, 0)] * (said.ndim - 1) + [(0, short)], constant_values=-jnp.inf
+                    said, [(0, 0)] * (said.ndim - 1) + [(0, short)], constant_values=EXCLUDED
                 )
         values = jnp.where(weights != 0, divergence(logits, said), 0.0)
         return (weights * values).sum(), values
@@ -330,6 +330,7 @@ def _chunk(width: int) -> int:
     return max(1, limit * max(jax.sharding.get_abstract_mesh().size, 1) // (4 * width))
 
 
+EXCLUDED = -1e30  # logits of padding rows: no probability, and finite, so that 0 times it is 0
 # bytes of float32 logits per device
 LIMIT = {"cpu": 2**28, "accelerator": 2**30}
 
@@ -355,7 +356,7 @@ def _logits(hidden: Array, unembed: Array, vocab: int | None) -> Array:
     logits = jnp.einsum("btd,dv->btv", hidden, unembed, preferred_element_type=jnp.float32)
     if vocab is not None:
         real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < vocab
-        logits = jnp.where(real, logits, -jnp.inf)
+        logits = jnp.where(real, logits, EXCLUDED)
     return logits
 
 
