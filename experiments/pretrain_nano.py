@@ -34,8 +34,10 @@ from w2s_jax.models.transformer import flops_per_token, params_count, transforme
 from w2s_jax.objectives import language
 from w2s_jax.record import Context
 from w2s_jax.tokenizer import Tokenizer, train_bpe
+from w2s_jax.train.drafts import draft
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
+from w2s_jax.train.plan import Draft
 from w2s_jax.types import Model, Params, Row, State, Table
 
 LENGTH = 128  # tokens in a packed row
@@ -139,11 +141,9 @@ def _rung(cfg: Config, name: str) -> Rung:
     return replace(rung, tokens=rung.tokens * cfg.scale)
 
 
-def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out: Path) -> list[Row]:
-    """Pretrain one model, export it with its intermediate checkpoints, and measure each."""
-    table, tokenizer = corpus(cfg, rung, seed)
-    architecture = Architecture(
-        vocab=-(-tokenizer.size // 16) * 16,
+def _architecture(rung: Rung, tokens: int) -> Architecture:
+    return Architecture(
+        vocab=-(-tokens // 16) * 16,
         width=rung.width,
         layers=rung.layers,
         heads=rung.heads,
@@ -151,10 +151,10 @@ def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out:
         max_length=512,
         eps=1e-6,
     )
-    model = transformer(architecture)
-    real = int((table["segment"] > 0).sum())
-    steps = 8 * max(1, round(rung.tokens / (real / len(table) * cfg.batch) / 8))
-    tune = Tune(
+
+
+def _tune(cfg: Config, steps: int) -> Tune:
+    return Tune(
         lr=cfg.lr,
         batch=cfg.batch,
         steps=steps,
@@ -167,6 +167,26 @@ def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out:
         final=0.05,
         clip=0.0,
     )
+
+
+def plan(cfg: Config) -> Draft:
+    """The step of the largest rung, which one device trains."""
+    _check(cfg)
+    size = arithmetic.tokenizer().size if cfg.task == "arithmetic" else cfg.vocab
+    rungs = {name: _architecture(_rung(cfg, name), size) for name in cfg.rungs}
+    name = max(rungs, key=lambda name: params_count(rungs[name]))
+    flags, tune = {"batch": "--batch"}, _tune(cfg, 1000)
+    return draft(rungs[name], "sft", tune, length=LENGTH, alone=True, flags=flags, name=name)
+
+
+def train_rung(cfg: Config, ctx: Context, name: str, rung: Rung, seed: int, out: Path) -> list[Row]:
+    """Pretrain one model, export it with its intermediate checkpoints, and measure each."""
+    table, tokenizer = corpus(cfg, rung, seed)
+    architecture = _architecture(rung, tokenizer.size)
+    model = transformer(architecture)
+    real = int((table["segment"] > 0).sum())
+    steps = 8 * max(1, round(rung.tokens / (real / len(table) * cfg.batch) / 8))
+    tune = _tune(cfg, steps)
     stops = {max(1, round(8 * share)) * steps // 8: share for share in cfg.marks} | {steps: 1.0}
     folder = ctx.folder(f"fit-{name}", dict(rung=rung, seed=seed, tune=tune, task=cfg.task))
 
@@ -447,4 +467,5 @@ if __name__ == "__main__":
         paper="pretrain_nano",
         minutes=5,
         summary=final,
+        plan=plan,
     )

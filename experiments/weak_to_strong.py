@@ -39,13 +39,17 @@ from w2s_jax.losses.classification import (
 )
 from w2s_jax.metrics.gap import median_pgr
 from w2s_jax.metrics.statistics import claim, interval, median_interval, paired_bootstrap
+from w2s_jax.models.shapes import shape
+from w2s_jax.models.transformer import params_count
 from w2s_jax.pipelines import weak_to_strong as w2s
 from w2s_jax.pipelines import weak_to_strong_blocks as blocks
 from w2s_jax.pipelines.study import Study
 from w2s_jax.pipelines.weak_to_strong import Side
 from w2s_jax.pipelines.weak_to_strong_rows import logged
 from w2s_jax.record import Context
+from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
+from w2s_jax.train.plan import Draft
 from w2s_jax.types import Row
 
 LOSSES = {
@@ -220,6 +224,25 @@ def prepare(cfg: Config, ctx: Context, sides: Sequence[Side]) -> Study:
         losses=LOSSES,
         points=cfg.points,
         mesh=mesh.make_mesh(ctx.mesh) if ctx.mesh else None,
+    )
+
+
+def plan(cfg: Config) -> Draft:
+    """The step of the largest student; small ones train as populations, whole on each device."""
+    _check(cfg)
+    known = {name: shape(name) for name in cfg.strong}
+    name = max(known, key=lambda name: params_count(known[name]))
+    kind = cfg.feature
+    if kind == "auto":
+        kind = "likelihood" if cfg.task == "arithmetic" else "last"
+    return drafts.classifying(
+        known[name],
+        cfg.strong_tune,
+        length=cfg.length,
+        feature=kind,
+        alone=params_count(known[name]) <= w2s.SERIAL,
+        flags={"micro": "--strong-tune.micro", "batch": "--strong-tune.batch"},
+        name=name,
     )
 
 
@@ -441,4 +464,5 @@ if __name__ == "__main__":
         paper="weak_to_strong",
         minutes=5,
         summary=summary,
+        plan=plan,
     )

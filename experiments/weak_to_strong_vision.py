@@ -42,7 +42,9 @@ from w2s_jax.metrics.statistics import Interval, claim, interval, median_interva
 from w2s_jax.models.vision import patch_bank, patch_features, thumbnails
 from w2s_jax.pipelines.probes import Setting, best_rate, one_hot, supervisors, train
 from w2s_jax.record import Context
+from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
+from w2s_jax.train.plan import Draft
 from w2s_jax.types import Array, Batch, Params, Row, Table
 
 
@@ -211,6 +213,16 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
     )
 
 
+def plan(cfg: Config) -> Draft:
+    """The step of one student; all runs are spread over the devices, each whole on one."""
+    _check(cfg)
+    width, classes = 8 * cfg.filters, 10
+    if cfg.features:
+        found = images.arrays(cfg.features, ("strong", "weak_logits", "truth"))
+        width, classes = found["strong"].shape[1], found["weak_logits"].shape[1]
+    return drafts.probing(width, cfg.tune, classes=classes, flags={"batch": "--tune.batch"})
+
+
 def _check(cfg: Config) -> None:
     if unknown := sorted(set(cfg.losses) - set(LOSSES)):
         raise UserError(f"--losses: {', '.join(unknown)} unknown; choose from {', '.join(LOSSES)}")
@@ -370,4 +382,5 @@ if __name__ == "__main__":
         paper="weak_to_strong_vision",
         minutes=0.5,
         summary=summary,
+        plan=plan,
     )

@@ -35,7 +35,7 @@ class Experiment:
     paper: str
     minutes: float
     summary: Callable[[list[Row]], list[Row]] | None
-    plan: Callable[[Any, str], str] | None
+    plan: Callable[[Any], Any] | None
 
     @property
     def command(self) -> str:
@@ -60,7 +60,8 @@ class Flags:
     distributed: bool = False
     """Join the other hosts of a TPU pod or a cluster job (see docs/scaling.md)."""
     plan: str | None = None
-    """Compile the real step for a topology such as v5e:8x8, report memory, and stop."""
+    """Compile the real step for a topology (v5e:8x8, also v4, v5p, v6e, cpu:8) that need not be at
+    hand, print what it needs, and stop; exit code 3 when it does not fit."""
     fresh: bool = False
     """Start over: earlier results in the workdir move to earlier-<n> there."""
     quiet: bool = False
@@ -77,7 +78,7 @@ def main(
     paper: str,
     minutes: float,
     summary: Callable[[list[Row]], list[Row]] | None = None,
-    plan: Callable[[Any, str], str] | None = None,
+    plan: Callable[[Any], Any] | None = None,
     argv: list[str] | None = None,
 ) -> dict[str, Any]:
     """Run an experiment from the command line and return its summary.
@@ -91,12 +92,12 @@ def main(
       paper: name of the experiment's module.
       minutes: what the laptop preset takes on two cores.
       summary: rows -> a short table to print at the end.
-      plan: (config, topology) -> text for ``--plan``.
+      plan: config -> the ``train.plan.Draft`` of its largest step, for ``--plan``.
       argv: the arguments, ``sys.argv[1:]`` by default.
 
     Raises:
       SystemExit: 2 for a fault that the user can mend (one line on stderr), 130 or 143 when
-        interrupted, 0 after ``--help``.
+        interrupted, 0 after ``--help``, 3 for a plan that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     experiment = Experiment(config, run, figures, claims, presets, paper, minutes, summary, plan)
@@ -157,12 +158,9 @@ def _stopped(experiment: Experiment, argv: list[str], terminated: bool) -> NoRet
 def _main(experiment: Experiment, argv: list[str]) -> dict[str, Any]:
     cfg, flags, base = _parse(experiment, argv)
     _check(cfg, flags)
-    _devices(flags)
     if flags.plan is not None:
-        if experiment.plan is None:
-            raise UserError(f"--plan: {experiment.paper} has no plan; leave the flag out")
-        print(experiment.plan(cfg, flags.plan))
-        return {}
+        return _plan(experiment, cfg, flags)
+    _devices(flags)
     tail = "" if cfg == base else f"-{files.digest(as_json(cfg))[:6]}"
     folder = Path(flags.workdir or f"runs/{experiment.paper}-{flags.preset}{tail}")
     ctx = _surroundings(folder.resolve(), flags)
@@ -176,6 +174,20 @@ def _main(experiment: Experiment, argv: list[str]) -> dict[str, Any]:
         summary=experiment.summary,
     )
     return execute(job, ctx, fresh=flags.fresh)
+
+
+def _plan(experiment: Experiment, cfg: Any, flags: Flags) -> dict[str, Any]:
+    """Report what the experiment's largest step needs; nothing is run or written."""
+    if experiment.plan is None:
+        raise UserError(f"--plan: {experiment.paper} has no plan; leave the flag out")
+    from w2s_jax.train import topology
+    from w2s_jax.train.plan import report
+
+    topology.prepare(str(flags.plan))
+    code = report(experiment.plan(cfg), str(flags.plan), flags.mesh)
+    if code:
+        raise SystemExit(code)
+    return {}
 
 
 def _surroundings(folder: Path, flags: Flags) -> Context:

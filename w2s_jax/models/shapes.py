@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import UserError
+from w2s_jax.models import hf
 from w2s_jax.models.config import Config, RopeScaling
 from w2s_jax.models.families import from_hf_config
 
@@ -97,18 +98,19 @@ SHAPES: dict[str, Config] = {
 
 def shape(name: str) -> Config:
     """The architecture of a published name (any case, with or without its owner), of a model
-    folder, or of a config.json.
+    folder or a shipped model, or of a config.json; nothing is downloaded.
 
     Raises:
       UserError: a name that is none of these, or a config.json that cannot be read.
     """
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
     if path.suffix == ".json":
         try:
             return from_hf_config(json.loads(path.read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
+    if path.is_dir() or name.startswith("nano-"):
+        return hf.read_config(hf.locate(name))
     key = name.rsplit("/", 1)[-1].lower()
     if key not in SHAPES:
         near = difflib.get_close_matches(key, SHAPES, n=1, cutoff=0.4)

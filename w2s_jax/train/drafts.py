@@ -14,11 +14,13 @@ import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
 from w2s_jax.losses import distillation, preference
+from w2s_jax.losses.classification import soft_xent
 from w2s_jax.models import lora as adapters
 from w2s_jax.models.config import Config, flops_per_token
+from w2s_jax.models.heads import classifier, linear
 from w2s_jax.models.shapes import shape
 from w2s_jax.models.transformer import shapes, transformer
-from w2s_jax.objectives import distill, language, on_base, prefer
+from w2s_jax.objectives import classify, distill, language, on_base, prefer
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.plan import Draft, Options, Recipe, report
 from w2s_jax.train.topology import prepare
@@ -71,6 +73,7 @@ def draft(
     prompt: int = 0,
     rank: int = 0,
     teacher: Config | None = None,
+    alone: bool = False,
     flags: Mapping[str, str] | None = None,
     name: str = "",
 ) -> Draft:
@@ -83,7 +86,7 @@ def draft(
         ``rejected`` as rows of their own, every token predicted.
       rank: of adapters over a frozen base in the compute dtype; 0 trains all weights.
       teacher: of a live teacher, for "kd"; None reads stored distributions.
-      flags: see ``Draft``.
+      alone, flags: see ``Draft``.
 
     Raises:
       UserError: an unknown method, rows longer than the model reads, or no room for a response.
@@ -98,7 +101,8 @@ def draft(
     kind = f"{method} of rank {rank}" if rank else method
     rows = f"{length:,} tokens" + (f" ({prompt:,} of them the prompt)" if prompt else "")
     options = Options(tune.batch, tune.micro, config.remat, rank)
-    return Draft(f"{name or config.family} {kind}, rows of {rows}", build, options, flags or {})
+    title = f"{name or config.family} {kind}, rows of {rows}"
+    return Draft(title, build, options, flags or {}, alone)
 
 
 def _build(
@@ -135,6 +139,57 @@ def _build(
         flops += flops_per_token(teacher, length) / 3
     held = dict(frozen=frozen, places=places) if frozen else {}
     return Recipe(objective, params, axes, tune, columns, tokens, flops * tokens, **held)
+
+
+def classifying(
+    config: Config,
+    tune: Tune,
+    *,
+    length: int,
+    feature: str = "last",
+    alone: bool = False,
+    flags: Mapping[str, str] | None = None,
+    name: str = "",
+) -> Draft:
+    """The step of a two-class head on ``config``, body and head trained (``models.heads``).
+
+    ``alone``, ``flags`` and ``name`` as in ``Draft``; the rest as in ``draft``.
+    """
+
+    def build(options: Options) -> Recipe:
+        model = classifier(transformer(replace(config, remat=options.remat)), 2, feature)
+        columns = _rows(options.batch, length) | {"label": _floats(options.batch, 2)}
+        known = replace(tune, batch=options.batch, micro=options.micro, steps=tune.steps or 1000)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        flops, tokens = flops_per_token(config, length), options.batch * length
+        if feature != "likelihood":  # no vocabulary head
+            flops -= 6.0 * config.vocab * config.width
+        objective = classify(model, soft_xent)
+        return Recipe(objective, params, model.axes, known, columns, tokens, flops * tokens)
+
+    title = f"{name or config.family} with a head on {feature!r}, rows of {length:,} tokens"
+    options = Options(tune.batch, tune.micro, config.remat)
+    return Draft(title, build, options, flags or {}, alone)
+
+
+def probing(
+    width: int, tune: Tune, *, classes: int, flags: Mapping[str, str] | None = None
+) -> Draft:
+    """The step of a linear probe of ``width`` features; no tokens."""
+    model = linear(classes, width)
+
+    def build(options: Options) -> Recipe:
+        columns = {
+            "features": _floats(options.batch, width),
+            "label": _floats(options.batch, classes),
+        }
+        known = replace(tune, batch=options.batch, steps=tune.steps or 1000)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        flops = 6.0 * options.batch * width * classes
+        return Recipe(classify(model, soft_xent), params, model.axes, known, columns, 0, flops)
+
+    title = f"linear probe of {width} features, {classes} classes"
+    return Draft(title, build, Options(tune.batch), flags or {}, alone=True)
 
 
 Method = tuple[Objective, Batch, int]

@@ -66,13 +66,14 @@ class Draft:
     """A step that can be drawn up in several ways.
 
     ``flags`` names the flag of each field of ``Options`` that the user can set; only those are
-    ever proposed. ``length`` tokens per row are for the title's sake.
+    ever proposed. ``alone`` is a run that one device holds whole (others hold other runs).
     """
 
     title: str
     build: Callable[[Options], Recipe]
     options: Options
     flags: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,9 @@ def report(draft: Draft, name: str, mesh: str | None = None) -> int:
       UserError: see ``topology`` and ``plan``.
     """
     where = topology(name)
-    print(f"{draft.title}, batch {draft.options.batch}\n", end="", flush=True)
+    if draft.alone:
+        where, mesh = dataclasses.replace(where, devices=where.devices[:1]), None
+    print(f"{draft.title}, batch {draft.options.batch}", flush=True)
     found = plan(draft.build(draft.options), where, mesh)
     print(found, flush=True)
     if found.fits:

@@ -37,8 +37,8 @@ class Topology:
 
     def __str__(self) -> str:
         what = "chip" if self.kind != "cpu" else "simulated device"
-        size = f"{self.memory / GIB:.4g} GiB"
-        return f"{self.name}: {len(self.devices)} {what}s with {size} each"
+        count, size = len(self.devices), f"{self.memory / GIB:.4g} GiB"
+        return f"{self.name}: {count} {what}{'s' * (count > 1)} with {size}{' each' * (count > 1)}"
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
