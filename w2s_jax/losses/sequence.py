@@ -326,8 +326,10 @@ def _real(unembed: Array, vocab: int | None) -> int | None:
 
 def _chunk(width: int) -> int:
     """Tokens whose logits may exist together, over all devices of the mesh."""
-    limit = LIMIT["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-    return max(1, limit * max(jax.sharding.get_abstract_mesh().size, 1) // (4 * width))
+    mesh = jax.sharding.get_abstract_mesh()  # its devices need not be at hand (train.plan)
+    platform = getattr(mesh.abstract_device, "platform", None) or jax.default_backend()
+    limit = LIMIT["cpu" if platform == "cpu" else "accelerator"]
+    return max(1, limit * max(mesh.size, 1) // (4 * width))
 
 
 EXCLUDED = -1e30  # logits of padding rows: no probability, and finite, so that 0 times it is 0
