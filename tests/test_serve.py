@@ -193,6 +193,12 @@ def test_a_fault_that_stays_is_one_line(ask, log, monkeypatch, options, settings
     assert "\n" not in str(caught.value) and "guess-123" not in str(caught.value)
 
 
+@pytest.mark.parametrize("models", [None, []])
+def test_a_server_that_lists_no_models_is_believed(ask, log, models) -> None:
+    with serving(log, models=models) as server:
+        assert len(ask(texts("a"), server.url, model="any")) == 1
+
+
 def test_the_key_is_sent_and_never_stored(ask, log, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MY_KEY", "sesame-42")
     with serving(log, key="sesame-42") as server:

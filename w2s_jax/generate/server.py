@@ -76,8 +76,7 @@ class Server:
         """
         names = await self._models(client)
         if names is not None and model not in names:
-            has = ", ".join(names) or "none"
-            raise UserError(f"no model {model!r} at {self.address}; it has {has}")
+            raise UserError(f"no model {model!r} at {self.address}; it has {', '.join(names)}")
 
     async def ask(
         self, client: Any, body: dict[str, Any], *, chat: bool, prompt: Any, seed: int, row: int
@@ -112,7 +111,7 @@ class Server:
         try:
             quick = client.with_options(max_retries=min(2, self.retries), timeout=30.0)
             found = await quick.models.list()
-        except openai.NotFoundError:
+        except (openai.NotFoundError, openai.InternalServerError):
             return None
         except openai.APIConnectionError as error:
             raise UserError(
@@ -124,7 +123,7 @@ class Server:
         data = getattr(found, "data", None)
         if not isinstance(data, list):
             raise UserError(f"{self.address} is not an OpenAI-compatible server; mend the address")
-        return [str(getattr(one, "id", one)) for one in data]
+        return [str(getattr(one, "id", one)) for one in data] or None
 
     def _explain(self, error: Exception, row: int | None) -> str:
         """One line about a request that failed for good."""
