@@ -20,7 +20,8 @@ from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.errors import UserError
-from w2s_jax.models.attention import attend, mix, plan, rope_angles, rotate
+from w2s_jax.models.attention import mix, plan, rope_angles, rotate
+from w2s_jax.models.backends import attend
 from w2s_jax.models.cache import Cache, init_cache
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
 from w2s_jax.models.remat import policy
@@ -36,6 +37,7 @@ __all__ = [
     "params_count",
     "shapes",
     "transformer",
+    "unstacked",
 ]
 
 
@@ -197,16 +199,28 @@ class Decoder(nn.Module):
 
         if config.remat != "none" and cache is None:
             run = jax.checkpoint(run, policy=policy(config.remat))
-        pairs = []
-        # lax.split, whose transpose is one concatenation; indexing would add up padded gradients
-        stacked, tree = jax.tree.flatten(self.variables["params"]["layers"])
-        split = [jax.lax.split(leaf, [1] * config.layers, axis=0) for leaf in stacked]
-        for i in range(config.layers):
-            layer = jax.tree.unflatten(tree, [jnp.squeeze(leaf[i], 0) for leaf in split])
+        pairs, layers = [], self.variables["params"]["layers"]
+        if not isinstance(layers, tuple):
+            layers = unstacked(layers, config.layers)
+        for i, layer in enumerate(layers):
             pair = None if cache is None else (*cache.layers[i], index)
             x, pair = run(layer, x, pair)
             pairs.append(pair)
         return x, tuple(pairs)
+
+
+def unstacked(layers: Tree, depth: int) -> tuple[Tree, ...]:
+    """The weights of each layer, from leaves with a leading depth axis.
+
+    ``apply`` takes the tuple in place of ``params["layers"]`` wherever it runs unrolled: a decoding
+    loop then does not slice the stack at every step.
+    """
+    # lax.split, whose transpose is one concatenation; indexing would add up padded gradients
+    stacked, tree = jax.tree.flatten(layers)
+    split = [jax.lax.split(leaf, [1] * depth, axis=0) for leaf in stacked]
+    return tuple(
+        jax.tree.unflatten(tree, [jnp.squeeze(leaf[i], 0) for leaf in split]) for i in range(depth)
+    )
 
 
 class Block(nn.Module):
@@ -244,7 +258,7 @@ class Block(nn.Module):
         k, v = (_constrain(y, "batch", "length", "act_heads", None) for y in (k, v))
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         if pair is None:
-            y = mix(q, k, v, scope)
+            y = mix(config.attention, q, k, v, scope)
         else:
             keys, values, index = pair
             at = (0, 0, index, 0)
