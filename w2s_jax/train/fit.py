@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,146 +17,22 @@ import optax
 from w2s_jax import mesh as meshes
 from w2s_jax.errors import UserError
 from w2s_jax.train.checkpoint import Store
+from w2s_jax.train.feed import Feed, order
 from w2s_jax.train.log import Log, Meter, Progress
 from w2s_jax.train.optim import Tune, optimizer
-from w2s_jax.train.watch import Feed, Interrupted, NotFinite, Signals, Watch
+from w2s_jax.train.step import Step, make_step, start
+from w2s_jax.train.watch import Interrupted, NotFinite, Signals, Watch
 from w2s_jax.types import Array, Batch, Objective, Params, State, Table, Tree
 
 __all__ = ["Interrupted", "NotFinite", "fit", "make_step", "order", "start"]
 
-Step = Callable[[State, Batch, Array], tuple[State, dict[str, Any]]]
-
-
-def start(
-    params: Params,
-    tx: optax.GradientTransformation,
-    steps: int | Array,
-    *,
-    frozen: Tree = (),
-    memory: Tree = (),
-) -> State:
-    """The state before the first of ``steps`` updates; pure."""
-    return State(
-        step=jnp.zeros((), jnp.int32),
-        steps=jnp.asarray(steps, jnp.int32),
-        params=params,
-        opt=tx.init(params),
-        frozen=frozen,
-        memory=memory,
-    )
-
-
-def make_step(
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    *,
-    micro: int = 1,
-    norms: bool = False,
-) -> Step:
-    """One update as a pure function ``(state, batch, key) -> (state, metrics)``.
-
-    The batch is taken in ``micro`` parts, part i being rows i, i + micro, ... (so that each part
-    stays spread over the devices); sums are added and divided once by the total weight, hence the
-    split does not change the gradient. ``key`` is the run's key: part i of update s draws from
-    ``fold_in(fold_in(key, s), i)``. Metrics, all [] float32: ``loss``, ``grad_norm`` (before
-    clipping), and what the objective reports. A batch of weight 0 gives loss 0 and gradient 0.
-
-    Args:
-      norms: also return ``metrics["norms"]``, the tree of each leaf's squared gradient norm with
-        its first axis kept (``[leaf.shape[0]]``), for naming the layer that broke.
-    """
-
-    def step(state: State, batch: Batch, key: Array) -> tuple[State, dict[str, Any]]:
-        key = jax.random.fold_in(key, state.step)
-        grads, sums, memory = _accumulate(objective, state, batch, key, micro)
-        metrics = {name: total / _divisor(weight) for name, (total, weight) in sums.items()}
-        divisor = _divisor(sums["loss"][1])
-        grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), grads, state.params)
-        squares = jax.tree.map(_squares, grads)
-        metrics["grad_norm"] = jnp.sqrt(sum(leaf.sum() for leaf in jax.tree.leaves(squares)))
-        updates, opt = tx.update(grads, state.opt, state.params)
-        new = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt=opt,
-            memory=memory,
-        )
-        return new, metrics | ({"norms": squares} if norms else {})
-
-    return step
-
-
-def _accumulate(
-    objective: Objective, state: State, batch: Batch, key: Array, micro: int
-) -> tuple[Tree, dict[str, tuple[Array, Array]], Tree]:
-    """Summed gradients, summed (sum, weight) metrics with ``loss`` among them, and the memory."""
-
-    def part(params: Params, memory: Tree, rows: Batch, key: Array):
-        now = dataclasses.replace(state, memory=memory)
-        total, weight, aux = objective(params, now, rows, key)
-        memory = aux.memory if jax.tree.leaves(aux.memory) else memory
-        return total, ({"loss": (total, weight)} | aux.metrics, memory)
-
-    gradient = jax.grad(part, has_aux=True)
-    if micro == 1:
-        rng = jax.random.fold_in(key, 0)
-        grads, (sums, memory) = gradient(state.params, state.memory, batch, rng)
-        return grads, sums, memory
-
-    def body(carry, xs):
-        grads, memory = carry
-        i, rows = xs
-        rng = jax.random.fold_in(key, i)
-        new, (sums, memory) = gradient(state.params, memory, rows, rng)
-        return (jax.tree.map(jnp.add, grads, new), memory), sums
-
-    parts = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, micro, *leaf.shape[1:]).swapaxes(0, 1), batch
-    )
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), state.params
-    )
-    (grads, memory), sums = jax.lax.scan(body, (zeros, state.memory), (jnp.arange(micro), parts))
-    return grads, jax.tree.map(lambda leaf: leaf.sum(0), sums), memory
-
-
-def _divisor(weight: Array) -> Array:
-    return jnp.where(weight == 0, 1, weight)
-
-
-def _squares(leaf: Array) -> Array:
-    squares = jnp.square(leaf.astype(jnp.float32))
-    return squares.sum(tuple(range(1, leaf.ndim)))
-
-
-def order(seed: int | tuple[int, ...], rows: int, batch: int, step: int) -> np.ndarray:
-    """Row indices [batch] int64 of update ``step``: a pure function, so resuming needs no replay.
-
-    Every epoch is a fresh Philox permutation of the table and batches are cut from the endless
-    line of epochs: no row is dropped, no batch is short, and a batch may end one epoch and begin
-    the next.
-    """
-    place = np.arange(step * batch, (step + 1) * batch)
-    epochs = place // rows
-    index = np.empty(batch, np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        index[here] = _permutation(seed, rows, int(epoch))[place[here] % rows]
-    return index
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int | tuple[int, ...], rows: int, epoch: int) -> np.ndarray:
-    entropy = (seed,) if isinstance(seed, int) else seed
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*entropy, epoch])))
-    return generator.permutation(rows)
+HOST = "pinned_host"
 
 
 def fit(
     objective: Objective,
     params: Params,
-    table: Table,
+    table: Table | Sequence[Table],
     tune: Tune,
     key: Array,
     *,
@@ -174,13 +49,17 @@ def fit(
     progress: bool = True,
     flops: float = 0.0,
     config: Mapping[str, Any] | None = None,
+    offload: bool = False,
 ) -> State:
     """Train ``params`` on ``table``; the caller's arrays stay valid.
 
     With ``workdir`` the run resumes from its last checkpoint, as if it had never stopped: same
-    parameters bit for bit (on one kind of machine), same rows in ``metrics.jsonl``.
+    parameters bit for bit (on one kind of machine), same rows in ``metrics.jsonl``. The settings
+    must be the same, ``tune.micro`` too: it changes the order of additions and the keys drawn.
 
     Args:
+      table: or several, of at most four shapes (lengths); each update draws ``tune.batch`` rows of
+        one of them, see ``feed.turn``. One program is compiled per shape.
       key: typed PRNG key of the run; data order and every update's randomness follow from it.
       axes: logical axis names per weight (``Model.axes``), for sharding, muon and weight decay.
       mesh: where to train; None is the default device.
@@ -194,20 +73,24 @@ def fit(
       track: of ``"tensorboard"``, ``"wandb"``; see ``log.Log``.
       flops: FLOPs per token, forward and backward, for MFU (``models.transformer``).
       config: more of what the result depends on; a resumed run must have the same.
+      offload: the optimiser's state waits in the host's memory and visits the device only within
+        the update; the numbers stay the same.
 
     Raises:
-      UserError: an empty table, a batch that does not divide over the mesh, a workdir that cannot
-        be written or belongs to another run; ``NotFinite``; ``Interrupted``.
+      UserError: an empty table, more than four shapes, a batch that does not divide over the mesh,
+        a workdir that cannot be written or belongs to another run, ``offload`` on a device without
+        host memory; ``NotFinite``; ``Interrupted``.
     """
-    if not len(table):
-        raise UserError("cannot train on an empty table")
-    rows, seed, steps = len(table), _seed(key), tune.total(len(table))
-    tx = optimizer(tune, steps, axes)
+    tables = [table] if isinstance(table, Table) else list(table)
+    seed, steps = _seed(key), tune.total([len(table) for table in tables])
+    tx, mesh = optimizer(tune, steps, axes), _host_mesh(mesh) if offload else mesh
+    feed = Feed(tables, seed, tune.batch, mesh, steps)
     with meshes.rules_context(mesh), contextlib.ExitStack() as stack:
-        state, where = _begin(params, tx, steps, memory, axes, mesh)
+        stack.enter_context(contextlib.closing(feed))
+        state, where = _begin(params, tx, steps, memory, axes, mesh, offload)
         store = resumed = None
         if workdir is not None:
-            meta = _meta(tune, steps, table, seed, state.params) | dict(config or {})
+            meta = _meta(tune, steps, tables, seed, state.params) | dict(config or {})
             store = stack.enter_context(
                 contextlib.closing(Store(Path(workdir) / "checkpoints", keep, meta))
             )
@@ -218,7 +101,6 @@ def fit(
         bar = Progress(steps, first, progress)
         stack.enter_context(contextlib.closing(log))
         stack.enter_context(contextlib.closing(bar))
-        feed = Feed(table, partial(order, seed, rows, tune.batch), tune.batch, mesh)
         meter = Meter(flops, mesh.devices.flat if mesh else jax.devices()[:1])
         watch = Watch(steps, feed, log, bar, meter, store, save_every, evaluate, eval_every)
         frozen, key = meshes.replicate(frozen, mesh), meshes.replicate(key, mesh)
@@ -235,8 +117,7 @@ def _loop(update: Any, state: State, frozen: Tree, key: Array, watch: Watch) -> 
             watch.look(0, dataclasses.replace(state, frozen=frozen))
         for step in range(first, steps):
             state, metrics = update(state, frozen, feed.take(step), key)
-            if step + 1 < steps:
-                feed.prepare(step + 1)
+            feed.prepare(step + 1)
             watch.record(step, metrics)
             stop = signals.reached(step)
             watch.look(step + 1, dataclasses.replace(state, frozen=frozen))
@@ -252,16 +133,17 @@ def _seed(key: Array) -> tuple[int, ...]:
 
 
 def _meta(
-    tune: Tune, steps: int, table: Table, seed: tuple[int, ...], params: Params
+    tune: Tune, steps: int, tables: Sequence[Table], seed: tuple[int, ...], params: Params
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one that wrote the checkpoint."""
+    rows, data = [len(table) for table in tables], [table.digest() for table in tables]
     shapes = jax.tree_util.tree_leaves_with_path(params)
     text = "".join(f"{jax.tree_util.keystr(p)}{x.shape}{x.dtype};" for p, x in shapes)
     return {
         **dataclasses.asdict(tune),
         "steps": steps,
-        "rows": len(table),
-        "data": table.digest(),
+        "rows": rows if len(rows) > 1 else rows[0],
+        "data": data if len(data) > 1 else data[0],
         "key": list(seed),
         "weights": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
@@ -274,6 +156,7 @@ def _begin(
     memory: Tree,
     axes: Tree,
     mesh: jax.sharding.Mesh | None,
+    offload: bool,
 ) -> tuple[State, Tree]:
     """The first state in its final place (so that the step compiles once), and that place."""
 
@@ -283,7 +166,9 @@ def _begin(
 
     if mesh is None:
         return jax.jit(build)(params, memory), None
-    where = _places(jax.eval_shape(build, params, memory), axes, mesh)
+    shapes = jax.eval_shape(build, params, memory)
+    where = _places(shapes, axes, mesh)
+    where = _offloaded(where, shapes) if offload else where
     params = jax.device_put(meshes.local(params), where.params)
     return jax.jit(build, out_shardings=where)(params, meshes.local(memory)), where
 
@@ -312,12 +197,56 @@ def _places(state: State, axes: Tree, mesh: jax.sharding.Mesh) -> State:
     return dataclasses.replace(everywhere, params=params, opt=opt)
 
 
+def _host_mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh:
+    """``mesh`` (None: the default device alone), whose devices all have pinned host memory."""
+    mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
+    device = mesh.local_devices[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if HOST not in kinds:
+        raise UserError(
+            f"offload: {device.device_kind} has no memory of kind {HOST}, only {', '.join(kinds)}; "
+            "train without it, with moments='bfloat16' or with adafactor"
+        )
+    return mesh
+
+
+def _offloaded(where: State, shapes: State) -> State:
+    """The places of a state whose optimiser keeps its arrays (not its counters) on the host."""
+    opt = jax.tree.map(
+        lambda place, leaf: place.with_memory_kind(HOST) if leaf.ndim else place,
+        where.opt,
+        shapes.opt,
+    )
+    return dataclasses.replace(where, opt=opt)
+
+
 def _program(step: Step, where: Tree, mesh: jax.sharding.Mesh | None) -> Any:
     """The step as one compiled program that consumes its state but not the frozen weights."""
 
     def update(state: State, frozen: Tree, batch: Batch, key: Array):
-        new, metrics = step(dataclasses.replace(state, frozen=frozen), batch, key)
-        return dataclasses.replace(new, frozen=()), metrics
+        near = state.opt if where is None else _near(state.opt, where.opt)
+        new, metrics = step(dataclasses.replace(state, frozen=frozen, opt=near), batch, key)
+        opt = new.opt if where is None else _far(new.opt, where.opt)
+        return dataclasses.replace(new, frozen=(), opt=opt), metrics
 
     out = None if mesh is None else (where, meshes.replicated(mesh))
     return jax.jit(update, donate_argnums=0, out_shardings=out)
+
+
+def _near(opt: Tree, where: Tree) -> Tree:
+    """The optimiser's state on the device: what waits on the host is sent for."""
+
+    def fetch(leaf: Array, place: Any) -> Array:
+        far = place.memory_kind == HOST
+        return jax.device_put(leaf, place.with_memory_kind("device")) if far else leaf
+
+    return jax.tree.map(fetch, opt, where)
+
+
+def _far(opt: Tree, where: Tree) -> Tree:
+    """The optimiser's state back where it waits."""
+
+    def send(leaf: Array, place: Any) -> Array:
+        return jax.device_put(leaf, place) if place.memory_kind == HOST else leaf
+
+    return jax.tree.map(send, opt, where)

@@ -1,9 +1,25 @@
-"""The optimiser's numbers (``Tune``), its schedules, and the optax transform made of them."""
+"""The optimiser's numbers (``Tune``), its schedules, and the optax transform made of them.
+
+What an optimiser keeps per weight of a large matrix, in bytes, by ``Tune.moments``; add the weight
+and its gradient (4 and 4, or 2 and 2 with bfloat16 parameters, and 4 more with ``micro`` > 1):
+
+| optimizer | float32 | mixed | bfloat16 |
+|-----------|---------|-------|----------|
+| adam      | 8       | 6     | 4        |
+| adamw     | 8       | 6     | 4        |
+| muon      | 4       | 2     | 2        |
+| sgd       | 4       | 2     | 2        |
+| adafactor | 0       | -     | -        |
+
+Muon keeps what Adam keeps for everything that is not a hidden matrix. Adafactor (Shazeer and Stern
+2018, arXiv 1804.04235), without momentum, has a sum per row and per column of matrices whose sides
+are 128 or more, and 4 bytes per weight of the rest.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +29,16 @@ import optax
 
 from w2s_jax.errors import UserError
 from w2s_jax.mesh import is_axes
-from w2s_jax.types import Tree
+from w2s_jax.train.precision import in_float32, stored_in_bfloat16
+from w2s_jax.types import Params, Tree
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+MOMENTS = {  # the fields of optax states that are stored in bfloat16
+    "float32": frozenset(),
+    "mixed": frozenset({"mu", "trace"}),
+    "bfloat16": frozenset({"mu", "trace", "nu"}),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,8 @@ class Tune:
     """Micro-batches per update (gradient accumulation); must divide batch."""
     adam_scale: float = 1.0
     """Learning rate of muon's Adam part, as a multiple of lr."""
+    moments: Literal["float32", "mixed", "bfloat16"] = "float32"
+    """Stored moments: mixed has only the first, bfloat16 both in 2 bytes, rounded at random."""
 
     def __post_init__(self) -> None:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -76,12 +100,21 @@ class Tune:
             _range(name, getattr(self, name), low=0, high=1)
         if self.batch % self.micro:
             raise UserError(f"micro={self.micro} does not divide batch={self.batch}")
+        _choice("moments", self.moments, tuple(MOMENTS))
+        if self.optimizer == "adafactor" and self.moments != "float32":
+            raise UserError("optimizer adafactor keeps no moments to store in less; leave moments")
         if self.optimizer == "adam" and _known(self.weight_decay) and self.weight_decay:
             raise UserError("optimizer adam has no weight decay; use adamw")
 
-    def total(self, rows: int) -> int:
-        """Updates of a run over ``rows`` examples: ``steps``, or ceil(epochs * rows / batch)."""
-        return self.steps or max(1, math.ceil(self.epochs * rows / self.batch - 1e-9))
+    def total(self, rows: int | Sequence[int]) -> int:
+        """Updates of a run over ``rows`` examples: ``steps``, or ceil(epochs * rows / batch).
+
+        Of several tables each has its own last, partly repeated batch in an epoch.
+        """
+        one = isinstance(rows, int) or len(rows) == 1
+        sizes = [rows] if isinstance(rows, int) else list(rows)
+        epoch = sum(size / self.batch if one else -(-size // self.batch) for size in sizes)
+        return self.steps or max(1, math.ceil(self.epochs * epoch - 1e-9))
 
 
 def schedule(tune: Tune, steps: int, lr: Any = None) -> Callable[[Any], jax.Array]:
@@ -111,7 +144,7 @@ def schedule(tune: Tune, steps: int, lr: Any = None) -> Callable[[Any], jax.Arra
 def optimizer(
     tune: Tune, steps: int, axes: Tree = None, lr: Any = None
 ) -> optax.GradientTransformation:
-    """The update rule of ``tune`` for a run of ``steps`` updates.
+    """The update rule of ``tune`` for a run of ``steps`` updates, in float32 throughout.
 
     Args:
       axes: logical axis names per weight (``Model.axes``). They tell stacked norms ``[L, D]`` from
@@ -141,7 +174,15 @@ def optimizer(
         )
     else:
         rule = optax.adamw(rate, b1=tune.b1, b2=tune.b2, eps=tune.eps, **decay)
-    return optax.chain(optax.clip_by_global_norm(tune.clip), rule) if tune.clip else rule
+    rule = optax.chain(optax.clip_by_global_norm(tune.clip), rule) if tune.clip else rule
+    names = MOMENTS[tune.moments]
+    return in_float32(stored_in_bfloat16(rule, names) if names else rule)
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Params) -> int:
+    """Bytes of the state that ``tx`` keeps for ``params`` (arrays or shapes)."""
+    state = jax.eval_shape(tx.init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _muon(tune: Tune, rate: Callable[[Any], jax.Array], axes: Tree) -> optax.GradientTransformation:

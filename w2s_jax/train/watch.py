@@ -5,18 +5,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-from w2s_jax import mesh as meshes
 from w2s_jax.errors import UserError
 from w2s_jax.train.checkpoint import Store
-from w2s_jax.train.log import Log, Meter, Progress, real_tokens
-from w2s_jax.types import Batch, State, Table, Tree
+from w2s_jax.train.feed import Feed
+from w2s_jax.train.log import Log, Meter, Progress
+from w2s_jax.types import Batch, State, Tree
+
+LATE = 2  # updates whose numbers are still on the device
 
 
 class NotFinite(UserError):
@@ -31,44 +34,11 @@ class Interrupted(UserError):
     """SIGTERM or SIGINT arrived: the update in flight was finished and the state saved."""
 
 
-class Feed:
-    """Batches of a run on the devices, prepared one ahead of their use.
-
-    ``order(step) -> [batch]`` gives the rows of an update; each process gathers only its own.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        order: Callable[[int], np.ndarray],
-        batch: int,
-        mesh: jax.sharding.Mesh | None,
-    ) -> None:
-        self.table, self.order, self.size, self.mesh = table, order, batch, mesh
-        self.mine = meshes.batch_rows(mesh, batch)
-        self.ready: tuple[int, Batch] | None = None
-        self.tokens: dict[int, int] = {}
-
-    def prepare(self, step: int) -> Batch:
-        """Start moving the batch of ``step`` to the devices."""
-        batch = self.table.batch(self.order(step)[self.mine])
-        self.tokens[step] = real_tokens(batch) * self.size // len(self.mine)
-        self.ready = (step, meshes.put_batch(batch, self.mesh, self.size))
-        return self.ready[1]
-
-    def take(self, step: int) -> Batch:
-        """The batch of ``step``, ready or not."""
-        at, batch = self.ready or (-1, {})
-        batch = batch if at == step else self.prepare(step)
-        self.ready = None
-        return batch
-
-
 @dataclass
 class Watch:
     """Looks after a run of ``steps`` updates; each method is called once per update.
 
-    Metrics are fetched one update late, so that the host never makes the device wait, except
+    Metrics are fetched two updates late, so that the host never makes the device wait, except
     where an evaluation or a checkpoint needs to know that all is well.
     """
 
@@ -81,30 +51,29 @@ class Watch:
     save_every: int
     evaluate: Callable[[State], Mapping[str, float]] | None
     eval_every: int
-    pending: tuple[int, dict[str, Any]] | None = None
+    pending: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)
     fetched: int = 0
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take the metrics of update ``step``; log those of the one before."""
-        self.flush()
-        self.pending = (step, metrics)
+        """Take the metrics of update ``step``; log those that are old enough."""
+        self.pending.append((step, metrics))
+        self.flush(LATE)
 
-    def flush(self) -> None:
-        """Fetch and log what is pending.
+    def flush(self, keep: int = 0) -> None:
+        """Fetch and log what is pending, but for the newest ``keep``.
 
         Raises:
-          NotFinite: its loss or gradient is NaN or infinite.
+          NotFinite: a loss or gradient is NaN or infinite.
         """
-        if self.pending is None:
-            return
-        (step, metrics), self.pending = self.pending, None
-        norms = metrics.pop("norms")
-        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
-            raise self._broken(step, numbers, norms)
-        self.log.write(step + 1, numbers)
-        self.bar.update(step + 1, numbers)
-        self._speed(step)
+        while len(self.pending) > keep:
+            step, metrics = self.pending.popleft()
+            norms = metrics.pop("norms")
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
+                raise self._broken(step, numbers, norms)
+            self.log.write(step + 1, numbers)
+            self.bar.update(step + 1, numbers)
+            self._speed(step)
 
     def look(self, done: int, state: State) -> None:
         """Evaluate when ``done`` updates make it due."""
@@ -146,12 +115,12 @@ class Watch:
             self.log.write(step + 1, self.meter.read(), "speed")
 
     def _broken(self, step: int, numbers: Mapping[str, float], norms: Tree) -> NotFinite:
-        rows = self.feed.order(step)
+        batch, rows, name = self.feed.rows(step)
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         told = [
             f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']} at update {step}",
-            f"rows {shown}",
-            *_bad_columns(self.feed.table.batch(rows), rows),
+            f"rows {shown}{' of ' * bool(name)}{name}",
+            *_bad_columns(batch, rows),
             _bad_weights(norms),
         ]
         last = self.store and self.store.latest()
