@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,94 @@ def sft(
     """Supervised fine-tuning of the completions, one padded row per example."""
     from w2s_jax.objectives import language
 
-    rows = world.rows(**data | {"lengths": world.Lengths(**data["lengths"])})
+    rows = world.rows(**_data(data))
     model, params = load(folder)
-    table = padded(rows)
-    train(turn, language(model), params, model.axes, table, batch, steps, drop, units=len(rows))
+    run = Run(turn, batch, steps, drop, units=len(rows))
+    run.train(language(model), params, model.axes, padded(rows))
+
+
+def dpo(
+    turn: Turn,
+    folder: str,
+    reference: str,
+    data: dict[str, Any],
+    batch: int,
+    steps: int,
+    live: bool,
+    drop: int = 3,
+    classes: int = 4,
+) -> None:
+    """Packed pairs with shared prompts, ``batch`` to a row and a row to an update.
+
+    ``live`` computes the reference in every step; else it is a column made once, whose seconds
+    are said in ``reference_cpu`` and ``reference_wall``.
+    """
+    from functools import partial
+
+    from w2s_jax.data.pairs import pack_pairs
+    from w2s_jax.losses.preference import dpo as loss
+    from w2s_jax.objectives import prefer
+
+    pairs = world.pairs(**_data(data))
+    model, params = load(folder)
+    _, frozen = load(reference)
+    clock = Clock()
+    texts = ([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected"))
+    tables = pack_pairs(*texts, per_row=batch, classes=classes)
+    run = Run(turn, 1, steps, drop, units=len(pairs), info=clock.said("pack"))
+    if not live:
+        tables, took = _referenced(model, frozen, tables)
+        run.info |= took
+    objective = prefer(
+        model,
+        partial(loss, beta=world.BETA),
+        length_mean=False,
+        reference=model if live else "column",
+    )
+    run.train(objective, params, model.axes, tables, {"ref": frozen} if live else ())
+
+
+def kd(
+    turn: Turn,
+    folder: str,
+    teacher: str,
+    data: dict[str, Any],
+    batch: int,
+    steps: int,
+    beta: float,
+    drop: int = 3,
+) -> None:
+    """Distillation from a live teacher: forward KL at beta 0, reverse KL at 1, JSD between."""
+    from functools import partial
+
+    from w2s_jax.losses.distillation import forward_kl, jsd, reverse_kl
+    from w2s_jax.objectives import distill
+
+    rows = world.rows(**_data(data))
+    model, params = load(folder)
+    large, frozen = load(teacher)
+    divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or partial(jsd, beta=beta)
+    run = Run(turn, batch, steps, drop, units=len(rows))
+    objective = distill(model, divergence, teacher=large)
+    run.train(objective, params, model.axes, padded(rows), {"teacher": frozen})
+
+
+class Clock:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def said(self, name: str) -> dict[str, float]:
+        """``{name_wall, name_cpu}``."""
+        return {
+            f"{name}_wall": time.perf_counter() - self.wall,
+            f"{name}_cpu": time.process_time() - self.cpu,
+        }
+
+
+def _data(data: dict[str, Any]) -> dict[str, Any]:
+    return data | {"lengths": world.Lengths(**data["lengths"])}
 
 
 def padded(rows: list[dict[str, list[int]]], multiple: int = 32):
@@ -55,61 +140,58 @@ def padded(rows: list[dict[str, list[int]]], multiple: int = 32):
     )
 
 
-def train(
-    turn: Turn,
-    objective: Any,
-    params: Any,
-    axes: Any,
-    table: Any,
-    batch: int,
-    steps: int,
-    drop: int,
-    *,
-    units: float,
-    frozen: Any = (),
-    info: dict[str, float] | None = None,
-    begin: float | None = None,
-) -> None:
+@dataclass
+class Run:
     """``fit``, stopped every ``steps`` updates to wait for its turn.
 
-    Args:
-      units: examples in the whole table, so that a block's share of an epoch counts them.
-      drop: updates before the first turn; 0 skips ``loss0`` too.
+    ``batch`` rows make an update, ``drop`` updates come before the first turn (0 skips the check
+    of ``loss0`` too), ``units`` is the number of examples in the whole table, so that a block
+    counts its share of an epoch. ``info`` is said with ``ready``.
     """
-    import jax
 
-    from w2s_jax.train.fit import fit
-    from w2s_jax.train.optim import Tune
+    turn: Turn
+    batch: int
+    steps: int
+    drop: int
+    units: float
+    info: dict[str, float] = field(default_factory=dict)
 
-    idle = memory("VmRSS")
-    info = dict(info or {})
-    if drop:
-        info["loss0"] = loss(objective, params, table, batch, frozen)
-    begun = False
-    rows = sum(map(len, table)) if isinstance(table, list) else len(table)
+    def train(self, objective: Any, params: Any, axes: Any, table: Any, frozen: Any = ()) -> None:
+        """Train without end; the harness ends it."""
+        import jax
 
-    def gate(state: Any) -> dict[str, float]:
-        nonlocal begun
-        jax.block_until_ready(state.params)
-        if int(state.step) == steps and begin is not None:
-            info["first_step"] = time.perf_counter() - begin
-        if int(state.step) < max(drop, 1):
+        from w2s_jax.train.fit import fit
+        from w2s_jax.train.optim import Tune
+
+        parts = table if isinstance(table, list) else [table]
+        idle = memory("VmRSS")
+        if self.drop:
+            self.info["loss0"] = loss(objective, params, parts, self.batch, frozen)
+        rows = sum(map(len, parts))
+        done = {"units": self.units * self.steps * self.batch / rows}
+        begun = False
+
+        def gate(state: Any) -> dict[str, float]:
+            nonlocal begun
+            jax.block_until_ready(state.params)
+            if int(state.step) < max(self.drop, 1):
+                return {}
+            if begun:
+                self.turn.done(**done)
+            else:
+                self.turn.ready(**self.info, idle=idle)
+            begun = True
+            if self.turn.wait() is None:
+                raise SystemExit(0)
             return {}
-        if begun:
-            turn.done(units=units * steps * batch / rows)
-        else:
-            turn.ready(**info, idle=idle)
-        begun = True
-        if turn.wait() is None:
-            raise SystemExit(0)
-        return {}
 
-    tune = Tune(lr=world.LR, batch=batch, steps=10_000_000, clip=world.CLIP)
-    how = {"axes": axes, "frozen": frozen, "evaluate": gate, "eval_every": steps}
-    fit(objective, params, table, tune, jax.random.key(0), progress=False, **how)
+        tune = Tune(lr=world.LR, batch=self.batch, steps=10_000_000, clip=world.CLIP)
+        how = {"axes": axes, "frozen": frozen, "evaluate": gate, "eval_every": self.steps}
+        data = parts if len(parts) > 1 else parts[0]
+        fit(objective, params, data, tune, jax.random.key(0), progress=False, **how)
 
 
-def loss(objective: Any, params: Any, table: Any, batch: int, frozen: Any = ()) -> float:
+def loss(objective: Any, params: Any, tables: list[Any], batch: int, frozen: Any = ()) -> float:
     """Mean loss over the data, by the objective that is trained."""
     import jax
     import jax.numpy as jnp
@@ -124,7 +206,7 @@ def loss(objective: Any, params: Any, table: Any, batch: int, frozen: Any = ()) 
         return objective(params, state, rows, jax.random.key(0))[:2]
 
     total = weight = 0.0
-    for part in table if isinstance(table, list) else [table]:
+    for part in tables:
         for start in range(0, len(part), batch):
             index = np.arange(start, min(start + batch, len(part)))
             one, count = look(params, frozen, part.batch(index))

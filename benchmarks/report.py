@@ -105,6 +105,16 @@ def report(
     }
 
 
+def several(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """One report of several cases; the case with the smallest ratio leads."""
+    known = {case: r for case, r in reports.items() if r["ratio"] is not None}
+    worst = min(known, key=lambda case: known[case]["ratio"]) if known else next(iter(reports))
+    lead = reports[worst]
+    shared = {k: v for k, v in lead.items() if k not in ("sides", "ratio", "spread")}
+    cases = {case: {k: r[k] for k in ("ratio", "spread", "sides")} for case, r in reports.items()}
+    return shared | {k: lead[k] for k in ("ratio", "spread")} | {"case": worst, "cases": cases}
+
+
 def table(sides: Mapping[str, Mapping[str, Any]], unit: str, keys: Sequence[str]) -> None:
     """The same for people."""
     for name, row in sides.items():

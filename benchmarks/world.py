@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import Settings, call
 from benchmarks.turn import Turn
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 5  # ids below FIRST stand in no row
@@ -75,6 +79,52 @@ def export(turn: Turn, folders: dict[str, int], shape: dict[str, int]) -> None:
     for path, seed in folders.items():
         hf.export(model, model.init(jax.random.key(seed)), path)
     turn.ready()
+
+
+def shape(settings: Settings) -> Shape:
+    """The model that the flags ask for."""
+    return settings.size(replace(Shape(), vocab=settings.vocab), tiny=TINY)
+
+
+@contextlib.contextmanager
+def exported(shape: Shape, *names: str) -> Iterator[list[str]]:
+    """Folders of models of one shape, each from its own seed; gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
+        folders = [f"{root}/{name}" for name in names]
+        seeds = {folder: seed for seed, folder in enumerate(folders)}
+        call("benchmarks.world:export", folders=seeds, shape=asdict(shape))
+        yield folders
+
+
+@dataclass(frozen=True)
+class Task:
+    """How many examples of which lengths, ``batch`` of them an update; a block is one epoch."""
+
+    count: int
+    vocab: int
+    lengths: Lengths
+    batch: int = 4
+
+    @property
+    def steps(self) -> int:
+        """Updates of an epoch."""
+        return self.count // self.batch
+
+    def options(self) -> dict[str, Any]:
+        """What every side is told."""
+        data = {"count": self.count, "vocab": self.vocab, "lengths": asdict(self.lengths)}
+        return {"data": data, "batch": self.batch}
+
+    def facts(self, shape: Shape, paired: bool = False) -> dict[str, Any]:
+        """For the report."""
+        made = (pairs if paired else rows)(self.count, self.vocab, self.lengths)
+        return {"model": asdict(shape), "data": describe(made), "batch": self.batch}
+
+
+def task(settings: Settings, count: int = 16, quick: int = 8) -> Task:
+    """Prompts of about 70 tokens, completions of about 85, at most 256 together."""
+    lengths = settings.size(Lengths(), tiny=SHORT)
+    return Task(settings.size(count, quick=quick, tiny=4), shape(settings).vocab, lengths)
 
 
 def pairs(count: int, vocab: int, lengths: Lengths, seed: int = 0) -> list[dict[str, list[int]]]:
