@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from w2s_jax.errors import UserError
+from w2s_jax.models import backends
 from w2s_jax.models.cache import Cache, plan_cached
 from w2s_jax.models.config import Config
 from w2s_jax.types import Array
-
-_HIDDEN_SCORE = -1e30
 
 
 @jax.tree_util.register_dataclass
@@ -114,23 +113,23 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     return turned.astype(x.dtype)
 
 
-def mix(q: Array, k: Array, v: Array, scope: Scope) -> Array:
-    """What each token gathers from those it sees: q [B,T,H,h], k and v [B,T,K,h] -> [B,T,H,h]."""
+def mix(asked: str, q: Array, k: Array, v: Array, scope: Scope) -> Array:
+    """What each token gathers from those it sees: q [B,T,H,h], k and v [B,T,K,h] -> [B,T,H,h].
+
+    ``asked`` is ``Config.attention``.
+
+    Raises:
+      UserError: the back end asked for cannot serve this batch.
+    """
     rows = scope.rows
     if rows is None:
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), _visible(q.shape[1], scope.segment))
+        return backends.causal(asked, q, k, v, scope.segment)
     batch, count, length = rows.take.shape
     split = (into_rows(x, rows.take, rows.back) for x in (q, k, v))
     q, k, v = (x.reshape(batch * count, length, *x.shape[2:]) for x in split)
-    y = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), _visible(length, None))
+    lengths = (rows.take >= 0).sum(-1).reshape(-1)
+    y = backends.causal(asked, q, k, v, None, lengths)
     return from_rows(y.reshape(batch, count * length, *y.shape[2:]), rows)
-
-
-def _visible(length: int, segment: Array | None) -> Array:
-    """The mask [B or 1,T,T] of a causal row, within segments."""
-    steps = np.arange(length)
-    mask = jnp.asarray(steps[:, None] >= steps[None, :])[None]
-    return mask if segment is None else mask & (segment[:, :, None] == segment[:, None, :])
 
 
 def pick(x: Array, index: Array) -> Array:
@@ -182,26 +181,3 @@ from_rows.defvjp(_from_rows_forward, _from_rows_backward)
 
 def _where(kept: Array, x: Array) -> Array:
     return jnp.where(kept.reshape(*kept.shape, *(1,) * (x.ndim - kept.ndim)), x, 0)
-
-
-def attend(q: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """Softmax attention: q [B,T,H,h], keys and values [B,K,S,h], mask [B or 1,T,S] -> [B,T,H,h].
-
-    Scores and softmax are float32. A row that sees nothing averages what is there.
-    """
-    batch, length, heads, h = q.shape
-    groups = keys.shape[1]
-    # Query heads of a group ride on the time axis: a plain batched product is 6x faster on CPU
-    # than one with a group axis of its own.
-    q = q.swapaxes(1, 2).reshape(batch, groups, -1, h)
-    scores = jnp.einsum("bktd,bksd->bkts", q, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, length, -1) * h**-0.5
-    scores = jnp.where(mask[:, None], scores, _HIDDEN_SCORE)
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(values.dtype).reshape(batch, groups, -1, keys.shape[2])
-    out = jnp.einsum("bkts,bksd->bktd", weights, values, preferred_element_type=jnp.float32)
-    # Divided after mixing: h numbers per query instead of S
-    out = (out.reshape(batch, heads, length, h) / total).astype(q.dtype)
-    return out.swapaxes(1, 2)

@@ -33,7 +33,8 @@ class Config:
     in a time independent of depth, and keeps no more than it is told). ``pad_vocab`` rounds the
     rows of the embedding and the unembedding up to a multiple (128 for matrix units, or the size
     of the tensor axis); the added rows are zero, get no gradient, have no probability and are
-    never exported.
+    never exported. ``attention`` is the kernel of causal rows: "xla", "cudnn", "splash", or "auto"
+    for the fastest that is exact on these devices and this batch (see ``models.backends``).
 
     Raises:
       UserError: sizes that do not fit together or an unknown option.
@@ -61,6 +62,7 @@ class Config:
     remat: str = "none"
     pad_vocab: int = 1
     scan: bool | None = None
+    attention: str = "auto"
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ def _check(config: Config) -> None:
         "qk_norm": ("none", "head", "all"),
         "bias": ("none", "qkv", "all"),
         "remat": ("none", *REMAT),
+        "attention": ("auto", "xla", "cudnn", "splash"),
         "dtype": ("float32", "bfloat16", "float16", "float64"),
         "param_dtype": ("float32", "bfloat16", "float16", "float64"),
     }
