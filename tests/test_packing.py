@@ -1,10 +1,17 @@
 """Packing: every document once and whole, masks never lost, rows nearly full."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax.data.packing import fill, pack
+from w2s_jax.data.packing import buckets, fill, length_classes, pack, with_targets
 from w2s_jax.errors import UserError
+from w2s_jax.models.transformer import Config, transformer
+from w2s_jax.objectives import language
+from w2s_jax.types import State, Table
 
 
 def _documents(seed, count, longest):
@@ -99,3 +106,82 @@ def test_bad_input_is_one_line(documents, options, message):
     with pytest.raises(UserError, match=message) as caught:
         pack(documents, **{"length": 8, **options})
     assert "\n" not in str(caught.value)
+
+
+def rows(count=40, width=64, seed=0):
+    rng = np.random.default_rng(seed)
+    length = np.clip(rng.lognormal(2.5, 0.6, count), 2, width).astype(int)
+    real = np.arange(width)[None] < length[:, None]
+    mask = real & (rng.random(real.shape) < 0.4)
+    mask[:, 0], mask[np.arange(count), length - 1] = False, True
+    return Table(
+        {
+            "tokens": np.where(real, rng.integers(1, 40, real.shape), 0).astype(np.int32),
+            "segment": real.astype(np.int32),
+            "position": np.where(real, np.arange(width)[None], 0).astype(np.int32),
+            "mask": mask.astype(np.float32),
+        }
+    )
+
+
+def language_loss(tables):
+    model = transformer(Config(vocab=40, width=16, layers=1, heads=2, max_length=64))
+    params = model.init(jax.random.key(0))
+    state = State(jnp.int32(0), jnp.int32(1), params, ())
+
+    def loss(params):
+        parts = [
+            language(model)(params, state, t.batch(np.arange(len(t))), jax.random.key(0))
+            for t in tables
+        ]
+        return sum(p[0] for p in parts) / sum(p[1] for p in parts)
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize("change", [with_targets, partial(buckets, multiple=8, least=4)])
+def test_leaving_out_what_is_not_trained_on_changes_nothing(change):
+    table = rows()
+    changed = change(table)
+    (a, ga), (b, gb) = (language_loss(t if isinstance(t, list) else [t]) for t in (table, changed))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ga, gb)
+
+
+def test_targets_by_hand():
+    table = Table(
+        {
+            "tokens": np.array([[5, 6, 7, 8]], np.int32),
+            "mask": np.array([[1, 0, 0.5, 2]], np.float32),  # nothing precedes the first token
+        }
+    )
+    targets = with_targets(table, multiple=1)["targets"]
+    assert targets["at"].tolist() == [[1, 2]] and targets["ids"].tolist() == [[7, 8]]
+    assert targets["mask"].tolist() == [[0.5, 2.0]]
+    with pytest.raises(UserError, match="row 0 has no token to train on"):
+        with_targets(table.with_columns(mask=np.array([[1, 0, 0, 0]], np.float32)))
+
+
+def test_buckets_cut_to_few_lengths_and_lose_no_row():
+    table = rows(400)
+    parts = buckets(table.with_columns(number=np.arange(400)), 4, multiple=8, least=10)
+    assert 2 <= len(parts) <= 4 and all(len(p) >= 10 for p in parts)
+    assert sorted(np.concatenate([p["number"] for p in parts])) == list(range(400))
+    assert sum(p["tokens"].size for p in parts) < 0.6 * table["tokens"].size
+    assert sum((p["segment"] > 0).sum() for p in parts) == (table["segment"] > 0).sum()
+
+
+def test_pairs_are_cut_by_the_longer_response():
+    side = {"tokens": np.ones((2, 16), np.int32), "mask": np.zeros((2, 16), np.float32)}
+    chosen, rejected = dict(side), {k: v.copy() for k, v in side.items()}
+    chosen["mask"] = chosen["mask"].copy()
+    chosen["mask"][:, 3], rejected["mask"][:, 5], rejected["mask"][1, 11] = 1, 1, 1
+    parts = buckets(Table({"chosen": chosen, "rejected": rejected}), 2, multiple=4, least=1)
+    assert [p["chosen"]["tokens"].shape for p in parts] == [(1, 8), (1, 12)]
+
+
+def test_length_classes_by_hand():
+    lengths = np.array([1, 9, 2, 10, 1])
+    classes = length_classes(lengths, 2, least=1, power=1)
+    assert [c.tolist() for c in classes] == [[0, 2, 4], [1, 3]]
+    assert [c.tolist() for c in length_classes(lengths, 3, least=9, power=1)] == [[0, 1, 2, 3, 4]]

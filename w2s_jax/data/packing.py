@@ -86,6 +86,85 @@ def fill(table: Table) -> Fill:
     return Fill(len(segment), documents, real, trained, real / max(segment.size, 1))
 
 
+def with_targets(table: Table, *, multiple: int = 8) -> Table:
+    """The table with the column ``targets`` [N,M]: the tokens that ``mask`` trains on, moved
+    together, so that all others never reach the vocabulary head. M is the most there are in a
+    row, rounded up to ``multiple``; the loss is unchanged.
+
+    Raises:
+      UserError: a row on which nothing is trained.
+    """
+    tokens, mask = np.asarray(table["tokens"]), np.asarray(table["mask"])
+    row, place = np.nonzero(mask[:, 1:])
+    counts = np.bincount(row, minlength=len(mask))
+    if not counts.all():
+        raise UserError(f"row {int(counts.argmin())} has no token to train on")
+    shape = (len(mask), -(-int(counts.max()) // multiple) * multiple)
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    targets: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in ("at", "ids")}
+    targets |= {"mask": np.zeros(shape, np.float32), "of": np.zeros(shape, np.int32)}
+    targets["at"][row, slot] = place
+    targets["ids"][row, slot] = tokens[row, place + 1]
+    targets["mask"][row, slot] = mask[row, place + 1]
+    return table.with_columns(targets=targets)
+
+
+def buckets(table: Table, most: int = 4, *, multiple: int = 32, least: int = 32) -> list[Table]:
+    """Rows of similar length together, in at most ``most`` tables cut to their longest row.
+
+    For rows that are padded on the right and not packed (``fit`` takes the list; each table is
+    one compiled shape). A row's length is where its ``segment``, or else its ``mask``, ends; for
+    pairs, that of the longer response. The cut is the one that leaves least padding; lengths are
+    rounded up to ``multiple`` and a table has at least ``least`` rows where there are that many.
+    """
+    sides = [side for side in ("chosen", "rejected") if side in table] or [""]
+    parts = [table.columns[side] if side else table.columns for side in sides]
+    marks = [np.asarray(p["segment"] if "segment" in p else p["mask"]) for p in parts]
+    widths = [mark.shape[1] for mark in marks]
+    ends = [w - (mark[:, ::-1] > 0).argmax(1) for mark, w in zip(marks, widths, strict=True)]
+    length = np.minimum(-(-np.max(ends, axis=0) // multiple) * multiple, max(widths))
+
+    def cut(index: np.ndarray) -> Table:
+        short, keep = table.take(index), int(length[index].max())
+
+        def trim(columns: Any) -> dict[str, Any]:
+            names = ("tokens", "mask", "segment", "position")
+            return {k: v[:, :keep] if k in names else v for k, v in columns.items()}
+
+        trimmed = {side: trim(short[side]) for side in sides if side}
+        return Table(trim(short.columns) | trimmed)
+
+    return [cut(index) for index in length_classes(length, most, least=least, power=1)]
+
+
+def length_classes(lengths: np.ndarray, most: int, *, least: int, power: int) -> list[np.ndarray]:
+    """Row numbers of at most ``most`` classes of ``lengths`` [N], shortest first: the cut under
+    which the sum of (longest of its class) ** power is least, every class of ``least`` rows or
+    more (a lone class may have fewer)."""
+    sizes, counts = np.unique(lengths, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # best[k][j]: the cost of the first j sizes in k classes, and where the last class begins
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for _ in range(most):
+        row: dict[int, tuple[float, int]] = {}
+        for j in range(1, len(sizes) + 1):
+            options = [
+                (cost + float(below[j] - below[i]) * float(sizes[j - 1]) ** power, i)
+                for i, (cost, _) in best[-1].items()
+                if i < j and (below[j] - below[i] >= least or (i, j) == (0, len(sizes)))
+            ]
+            if options:
+                row[j] = min(options)
+        best.append(row)
+    ends = [(row[len(sizes)][0], k) for k, row in enumerate(best) if len(sizes) in row]
+    k, j, classes = min(ends)[1], len(sizes), []
+    while j:
+        i = best[k][j][1]
+        classes.append(np.flatnonzero((lengths >= sizes[i]) & (lengths <= sizes[j - 1])))
+        k, j = k - 1, i
+    return classes[::-1]
+
+
 def _flatten(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All ids and weights end to end, and the size of each document."""
     if not documents:

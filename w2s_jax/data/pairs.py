@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from w2s_jax.data.packing import length_classes
 from w2s_jax.errors import UserError
 from w2s_jax.types import Table
 
@@ -79,7 +80,7 @@ def pack_pairs(
     ceiling = -(-longest // multiple) * multiple
     return [
         _pack_class(texts, index, per_row, int(ceiling[index].max()), multiple)
-        for index in _classes(ceiling, classes, least=8 * per_row)
+        for index in length_classes(ceiling, classes, least=8 * per_row, power=2)
     ]
 
 
@@ -129,33 +130,6 @@ def _checked(prompts: Ids, chosen: Ids, rejected: Ids) -> tuple[_Ragged, _Ragged
         ids = np.concatenate([np.asarray(row, np.int32) for row in rows])
         texts.append(_Ragged(ids, np.cumsum(sizes) - sizes, sizes))
     return texts[0], texts[1], texts[2]
-
-
-def _classes(ceiling: np.ndarray, most: int, least: int) -> list[np.ndarray]:
-    """Numbers of the pairs of each class: the cut into at most ``most`` lengths that pads the
-    squares of the lengths least, every class of at least ``least`` pairs but a lone one."""
-    lengths, counts = np.unique(ceiling, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])
-    # best[k][j]: padded work of the first j lengths in k classes, and where the last class begins
-    best = [{0: (0.0, 0)}]
-    for _ in range(most):
-        row: dict[int, tuple[float, int]] = {}
-        for j in range(1, len(lengths) + 1):
-            options = [
-                (work + (below[j] - below[i]) * float(lengths[j - 1]) ** 2, i)
-                for i, (work, _) in best[-1].items()
-                if i < j and (below[j] - below[i] >= least or (i, j) == (0, len(lengths)))
-            ]
-            if options:
-                row[j] = min(options)
-        best.append(row)
-    ends = [(row[len(lengths)][0], k) for k, row in enumerate(best) if len(lengths) in row]
-    k, j, cuts = min(ends)[1], len(lengths), []
-    while j:
-        i = best[k][j][1]
-        cuts.append(np.flatnonzero((ceiling >= lengths[i]) & (ceiling <= lengths[j - 1])))
-        k, j = k - 1, i
-    return cuts[::-1]
 
 
 def _pack_class(
