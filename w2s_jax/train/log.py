@@ -42,9 +42,9 @@ def peak_flops(kind: str) -> float | None:
 def real_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens of a batch that are not padding; 0 for a batch without tokens."""
     if "segment" in batch:
-        return int((np.asarray(batch["segment"]) > 0).sum())
+        return int(np.count_nonzero(np.asarray(batch["segment"]) > 0))
     if "tokens" in batch and "mask" in batch:
-        return int((np.asarray(batch["mask"]) > 0).sum())
+        return int(np.count_nonzero(np.asarray(batch["mask"]) > 0))
     nested = sum(real_tokens(leaf) for leaf in batch.values() if isinstance(leaf, Mapping))
     return nested + (np.asarray(batch["tokens"]).size if "tokens" in batch else 0)
 
