@@ -23,7 +23,7 @@ def run(settings: Settings) -> dict[str, Any]:
             Side("TRL", "benchmarks.peer:sft", theirs, NEEDS),
             Side("TRL tuned", "benchmarks.peer:sft", theirs, NEEDS, tuned=True),
             Side("TRL tuned padding-free", "benchmarks.peer:sft", free, NEEDS, tuned=True),
-            Side("ours", "benchmarks.ours:sft", common | {"steps": task.steps}),
+            Side("ours", "benchmarks.ours:sft", common),
         ]
         results = alternate(sides, settings, steps=task.steps)
     facts = task.facts(shape) | {"note": NOTE}

@@ -19,7 +19,7 @@ def run(settings: Settings) -> dict[str, Any]:
         sides = [
             Side("TRL", "benchmarks.peer:dpo", theirs, NEEDS),
             Side("TRL tuned", "benchmarks.peer:dpo", theirs, NEEDS, tuned=True),
-            Side("ours", "benchmarks.ours:dpo", common | {"live": True, "steps": task.steps}),
+            Side("ours", "benchmarks.ours:dpo", common | {"live": True}),
         ]
         results = alternate(sides, settings, steps=task.steps)
     facts = task.facts(shape, paired=True)

@@ -22,7 +22,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for name, beta in BETAS.items():
             print(name)
             theirs = common | {"beta": beta, "threads": settings.threads}
-            mine = common | {"beta": beta, "steps": task.steps}
+            mine = common | {"beta": beta}
             sides = [
                 Side("TRL", "benchmarks.peer:gkd", theirs, NEEDS),
                 Side("TRL tuned", "benchmarks.peer:gkd", theirs, NEEDS, tuned=True),

@@ -9,6 +9,7 @@ the same order and must end at the same accuracy.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,7 @@ def grid(runs: int) -> list[tuple[int, float]]:
     return [(i // len(ALPHAS), ALPHAS[i % len(ALPHAS)]) for i in range(runs)]
 
 
+@cache
 def world(seed: int) -> dict[str, np.ndarray]:
     """Two halves of a noisy linear problem: the weak probe's, and the transfer half."""
     rng = np.random.default_rng(seed)
@@ -88,6 +90,7 @@ def world(seed: int) -> dict[str, np.ndarray]:
     return {"x": x[:HALF], "y": y[:HALF], "more": x[HALF:]}
 
 
+@cache
 def weights(seed: int, hidden: int) -> list[np.ndarray]:
     """Kernels [in, out] of the strong probe: He-normal, the last one small."""
     rng = np.random.default_rng([seed, hidden])

@@ -127,7 +127,7 @@ class Contender:
             print(steps, file=self.orders, flush=True)
         row = self._hear()
         if row:
-            self.result.rows.append({"units": self.side.units * steps} | row | {"steps": steps})
+            self.result.rows.append({"units": self.side.units * steps, "steps": steps} | row)
 
     def close(self) -> None:
         """End of file is the sign to leave."""
@@ -203,7 +203,8 @@ def alternate(sides: Sequence[Side], settings: Settings, *, steps: int) -> list[
                         _note(contender.result.error)
                     continue
                 row = contender.result.rows[-1]
-                took = f"{row['cpu'] / steps:.3f} CPU s, {row['wall'] / steps:.3f} s a step"
+                each = [row[key] / row["steps"] for key in ("cpu", "wall")]
+                took = f"{each[0]:.3f} CPU s, {each[1]:.3f} s a step"
                 _note(f"block {block + 1} of {settings.turns}, {contender.side.name}: {took}")
     return [contender.result for contender in contenders]
 

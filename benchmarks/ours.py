@@ -24,16 +24,14 @@ def load(folder: str, **options: Any):
     return model, weights.read(Path(folder), model)
 
 
-def sft(
-    turn: Turn, folder: str, data: dict[str, Any], batch: int, steps: int, drop: int = 3
-) -> None:
-    """Supervised fine-tuning of the completions, one padded row per example."""
+def sft(turn: Turn, folder: str, data: dict[str, Any], batch: int, drop: int = 3) -> None:
+    """Supervised fine-tuning of the completions, one row per example; prompts skip the head."""
     from w2s_jax.objectives import language
 
     rows = world.rows(**_data(data))
     model, params = load(folder)
-    run = Run(turn, batch, steps, drop, units=len(rows))
-    run.train(language(model), params, model.axes, padded(rows))
+    run = Run(turn, batch, drop, units=len(rows))
+    run.train(language(model), params, model.axes, tables(rows))
 
 
 def dpo(
@@ -42,7 +40,6 @@ def dpo(
     reference: str,
     data: dict[str, Any],
     batch: int,
-    steps: int,
     live: bool,
     drop: int = 3,
     classes: int = 4,
@@ -63,10 +60,10 @@ def dpo(
     _, frozen = load(reference)
     clock = Clock()
     texts = ([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected"))
-    tables = pack_pairs(*texts, per_row=batch, classes=classes)
-    run = Run(turn, 1, steps, drop, units=len(pairs), info=clock.said("pack"))
+    packed = pack_pairs(*texts, per_row=batch, classes=classes)
+    run = Run(turn, 1, drop, units=len(pairs), info=clock.said("pack"))
     if not live:
-        tables, took = _referenced(model, frozen, tables)
+        packed, took = _referenced(model, frozen, packed)
         run.info |= took
     objective = prefer(
         model,
@@ -74,7 +71,7 @@ def dpo(
         length_mean=False,
         reference=model if live else "column",
     )
-    run.train(objective, params, model.axes, tables, {"ref": frozen} if live else ())
+    run.train(objective, params, model.axes, packed, {"ref": frozen} if live else ())
 
 
 def kd(
@@ -83,7 +80,6 @@ def kd(
     teacher: str,
     data: dict[str, Any],
     batch: int,
-    steps: int,
     beta: float,
     drop: int = 3,
 ) -> None:
@@ -97,9 +93,9 @@ def kd(
     model, params = load(folder)
     large, frozen = load(teacher)
     divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or partial(jsd, beta=beta)
-    run = Run(turn, batch, steps, drop, units=len(rows))
+    run = Run(turn, batch, drop, units=len(rows))
     objective = distill(model, divergence, teacher=large)
-    run.train(objective, params, model.axes, padded(rows), {"teacher": frozen})
+    run.train(objective, params, model.axes, tables(rows), {"teacher": frozen})
 
 
 class Clock:
@@ -120,55 +116,61 @@ def _data(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"lengths": world.Lengths(**data["lengths"])}
 
 
-def padded(rows: list[dict[str, list[int]]], multiple: int = 32):
-    """Prompt and completion in rows of one length, the loss on the completion."""
+def _referenced(model: Any, params: Any, tables: list[Any]) -> tuple[list[Any], dict[str, float]]:
+    """The tables with their reference column, and what the pass takes once it is compiled."""
+    from w2s_jax.columns import add_reference
+
+    add_reference(model, params, tables, progress=False)
+    clock = Clock()
+    return add_reference(model, params, tables, progress=False), clock.said("reference")
+
+
+def tables(rows: list[dict[str, list[int]]]) -> list[Any]:
+    """Rows of prompt and completion in at most four lengths, predicting the completion alone."""
     import numpy as np
 
+    from w2s_jax.data.packing import buckets, with_targets
     from w2s_jax.types import Table
 
-    longest = max(len(row["prompt"]) + len(row["completion"]) for row in rows)
-    shape = (len(rows), -(-longest // multiple) * multiple)
-    tokens, segment = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    shape = (len(rows), max(len(row["prompt"]) + len(row["completion"]) for row in rows))
+    columns = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment", "position")}
     mask = np.zeros(shape, np.float32)
     for i, row in enumerate(rows):
         ids = row["prompt"] + row["completion"]
-        tokens[i, : len(ids)], segment[i, : len(ids)] = ids, 1
+        columns["tokens"][i, : len(ids)], columns["segment"][i, : len(ids)] = ids, 1
+        columns["position"][i, : len(ids)] = np.arange(len(ids))
         mask[i, len(row["prompt"]) : len(ids)] = 1
-    position = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape) * (segment > 0)
-    return Table(
-        {"tokens": tokens, "segment": segment, "position": position.astype(np.int32), "mask": mask}
-    )
+    return [with_targets(part) for part in buckets(Table({**columns, "mask": mask}))]
 
 
 @dataclass
 class Run:
-    """``fit``, stopped every ``steps`` updates to wait for its turn.
+    """``fit``, stopped after every epoch to wait for its turn.
 
-    ``batch`` rows make an update, ``drop`` updates come before the first turn (0 skips the check
-    of ``loss0`` too), ``units`` is the number of examples in the whole table, so that a block
-    counts its share of an epoch. ``info`` is said with ``ready``.
+    ``batch`` rows make an update, ``drop`` updates at least come before the first turn (0 skips
+    the check of ``loss0`` too), ``units`` is the number of examples in the whole table. ``info``
+    is said with ``ready``.
     """
 
     turn: Turn
     batch: int
-    steps: int
     drop: int
     units: float
     info: dict[str, float] = field(default_factory=dict)
 
-    def train(self, objective: Any, params: Any, axes: Any, table: Any, frozen: Any = ()) -> None:
+    def train(
+        self, objective: Any, params: Any, axes: Any, tables: list[Any], frozen: Any = ()
+    ) -> None:
         """Train without end; the harness ends it."""
         import jax
 
         from w2s_jax.train.fit import fit
         from w2s_jax.train.optim import Tune
 
-        parts = table if isinstance(table, list) else [table]
         idle = memory("VmRSS")
         if self.drop:
-            self.info["loss0"] = loss(objective, params, parts, self.batch, frozen)
-        rows = sum(map(len, parts))
-        done = {"units": self.units * self.steps * self.batch / rows}
+            self.info["loss0"] = loss(objective, params, tables, self.batch, frozen)
+        epoch = sum(-(-len(table) // self.batch) for table in tables)
         begun = False
 
         def gate(state: Any) -> dict[str, float]:
@@ -177,7 +179,7 @@ class Run:
             if int(state.step) < max(self.drop, 1):
                 return {}
             if begun:
-                self.turn.done(**done)
+                self.turn.done(units=self.units, steps=epoch)
             else:
                 self.turn.ready(**self.info, idle=idle)
             begun = True
@@ -186,9 +188,8 @@ class Run:
             return {}
 
         tune = Tune(lr=world.LR, batch=self.batch, steps=10_000_000, clip=world.CLIP)
-        how = {"axes": axes, "frozen": frozen, "evaluate": gate, "eval_every": self.steps}
-        data = parts if len(parts) > 1 else parts[0]
-        fit(objective, params, data, tune, jax.random.key(0), progress=False, **how)
+        how = {"axes": axes, "frozen": frozen, "evaluate": gate, "eval_every": epoch}
+        fit(objective, params, tables, tune, jax.random.key(0), progress=False, **how)
 
 
 def loss(objective: Any, params: Any, tables: list[Any], batch: int, frozen: Any = ()) -> float:
