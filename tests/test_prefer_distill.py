@@ -1,0 +1,266 @@
+"""Objectives of pairs and of teachers, and the promise that none holds tokens times vocabulary."""
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from w2s_jax.data.packing import with_targets
+from w2s_jax.data.pairs import pack_pairs, pad_pairs
+from w2s_jax.errors import UserError
+from w2s_jax.losses import sequence
+from w2s_jax.losses.classification import soft_xent
+from w2s_jax.losses.distillation import forward_kl, jsd, reverse_kl, top_k
+from w2s_jax.losses.preference import dpo
+from w2s_jax.models.heads import classifier
+from w2s_jax.models.lora import lora
+from w2s_jax.models.transformer import Config, decode, transformer
+from w2s_jax.objectives import (
+    classify,
+    distill,
+    language,
+    on_base,
+    prefer,
+    response_logps,
+)
+from w2s_jax.types import State, Table, forward
+
+KEY = jax.random.key(0)
+V = 48
+MODEL = transformer(Config(vocab=V, width=16, layers=2, heads=2, ffn=24, max_length=64))
+PARAMS = MODEL.init(KEY)
+TEACHER = transformer(Config(vocab=V, width=24, layers=1, heads=2, ffn=24, max_length=64))
+
+
+def state(frozen=()):
+    return State(jnp.int32(0), jnp.int32(10), PARAMS, (), frozen)
+
+
+def pairs(count=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return [[rng.integers(1, V, rng.integers(1, 9)) for _ in range(count)] for _ in range(3)]
+
+
+def rows(count=4, width=16):
+    rng = np.random.default_rng(1)
+    table = {
+        "tokens": rng.integers(1, V, (count, width)).astype(np.int32),
+        "mask": (rng.random((count, width)) < 0.5).astype(np.float32),
+    }
+    table["mask"][:, 5] = 1.0
+    return Table(table)
+
+
+def whole(table):
+    return jax.tree.map(jnp.asarray, table.batch(np.arange(len(table))))
+
+
+def referenced(table, params=PARAMS):
+    sums, _ = response_logps(MODEL, params, whole(table))
+    return table.with_columns(pairs={**table["pairs"], "ref": np.asarray(sums)})
+
+
+@pytest.mark.parametrize("length_mean", [True, False])
+def test_the_first_dpo_loss_is_ln_2(length_mean):
+    (table,) = pack_pairs(*pairs(), classes=1)
+    objective = prefer(MODEL, partial(dpo, beta=5.0), length_mean=length_mean)
+    total, weight, aux = jax.jit(objective)(PARAMS, state(), whole(referenced(table)), KEY)
+    assert weight == 6
+    np.testing.assert_allclose(total / weight, np.log(2), atol=1e-5)
+    assert abs(float(aux.metrics["margin"][0])) < 1e-4
+
+
+def test_dpo_by_hand():
+    got = dpo(*jnp.array([[-1.0], [-3.0], [-2.0], [-2.5]]), beta=2.0)  # margin 2 * (2 - 0.5) = 3
+    np.testing.assert_allclose(got, [np.log1p(np.exp(-3.0))], rtol=1e-6)
+    swapped = dpo(*jnp.array([[-1.0], [-3.0], [-2.0], [-2.5]]), beta=2.0, smoothing=1.0)
+    np.testing.assert_allclose(swapped, [np.log1p(np.exp(3.0))], rtol=1e-6)
+
+
+@pytest.mark.parametrize("length_mean", [True, False])
+def test_a_pair_by_plain_arithmetic(length_mean):
+    prompt, chosen, rejected = [3, 4], [5, 6, 7], [8]
+    other = MODEL.init(jax.random.key(1))
+
+    def logp(params, response):
+        tokens = jnp.array([prompt + response])
+        logps = jax.nn.log_softmax(decode(forward(MODEL, params, {"tokens": tokens})))[0]
+        total = sum(logps[len(prompt) - 1 + i, t] for i, t in enumerate(response))
+        return total / (len(response) if length_mean else 1)
+
+    change = [logp(PARAMS, y) - logp(other, y) for y in (chosen, rejected)]
+    want = np.log1p(np.exp(-0.3 * (change[0] - change[1])))
+    objective = prefer(MODEL, partial(dpo, beta=0.3), length_mean=length_mean, reference=MODEL)
+    for table in (
+        pad_pairs([prompt], [chosen], [rejected]),
+        *pack_pairs([prompt], [chosen], [rejected]),
+    ):
+        total, _, aux = objective(PARAMS, state({"ref": other}), whole(table), KEY)
+        np.testing.assert_allclose(total, want, rtol=1e-4)
+        np.testing.assert_allclose(aux.metrics["chosen_change"][0], change[0], rtol=1e-3)
+        np.testing.assert_allclose(aux.metrics["rejected_change"][0], change[1], rtol=1e-3)
+
+
+def test_weight_zero_leaves_a_pair_out():
+    three = [texts[:3] for texts in pairs()]
+    objective = prefer(MODEL, partial(dpo, beta=1.0), reference="none")
+    full = objective(PARAMS, state(), whole(pack_pairs(*three, per_row=3)[0]), KEY)
+    part = objective(PARAMS, state(), whole(pack_pairs(*three, per_row=4)[0]), KEY)
+    assert full[1] == part[1] == 3
+    np.testing.assert_allclose(full[0], part[0], rtol=1e-5)
+
+
+def test_what_is_missing_is_said():
+    (table,) = pack_pairs(*pairs(), classes=1)
+    with pytest.raises(UserError, match="reference log-probabilities"):
+        prefer(MODEL, partial(dpo, beta=1.0))(PARAMS, state(), whole(table), KEY)
+    with pytest.raises(UserError, match="packed pairs or columns 'chosen'"):
+        prefer(MODEL, partial(dpo, beta=1.0))(PARAMS, state(), whole(rows()), KEY)
+    with pytest.raises(UserError, match="reference must be"):
+        prefer(MODEL, dpo, reference="live")
+    with pytest.raises(UserError, match="live teacher or the column"):
+        distill(MODEL, top_k)(PARAMS, state(), whole(rows()), KEY)
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, partial(jsd, beta=0.5)])
+def test_distilling_from_a_live_teacher_by_plain_arithmetic(divergence):
+    table, theirs = rows(), TEACHER.init(jax.random.key(2))
+    batch = whole(table)
+
+    def plain(params):
+        a = decode(forward(MODEL, params, batch))[:, :-1]
+        b = decode(forward(TEACHER, theirs, batch))[:, :-1]
+        return (divergence(a, b) * batch["mask"][:, 1:]).sum()
+
+    def ours(params, batch=batch):
+        objective = distill(MODEL, divergence, teacher=TEACHER)
+        return objective(params, state({"teacher": theirs}), batch, KEY)[0]
+
+    want, grads = jax.value_and_grad(plain)(PARAMS)
+    for given in (batch, whole(with_targets(table))):
+        got, mine = jax.value_and_grad(ours)(PARAMS, given)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine, grads)
+
+
+def stored(table, k):
+    """The teacher column for every place of ``table`` (or for its targets)."""
+    theirs = TEACHER.init(jax.random.key(2))
+    batch = whole(table)
+    logps = jax.nn.log_softmax(decode(forward(TEACHER, theirs, batch)))
+    if "targets" in table:
+        logps = jnp.take_along_axis(logps, batch["targets"]["at"][..., None], axis=1)
+    logits, ids = jax.lax.top_k(logps, k)
+    tail = jnp.clip(1 - jnp.exp(logits).sum(-1), 0)
+    column = {"ids": ids, "logits": logits, "tail": tail}
+    return table.with_columns(teacher=jax.tree.map(np.asarray, column)), theirs
+
+
+def test_a_stored_teacher_of_all_tokens_is_the_live_one():
+    for table in (rows(), with_targets(rows())):
+        table, theirs = stored(table, V)
+        live = distill(MODEL, forward_kl, teacher=TEACHER)
+        kept = distill(MODEL, top_k)
+        a = live(PARAMS, state({"teacher": theirs}), whole(table), KEY)
+        b = kept(PARAMS, state(), whole(table), KEY)
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-4)
+        assert a[1] == b[1]
+
+
+def shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield variable.aval.shape
+        for inner in jaxprs_in_params(equation.params):
+            yield from shapes(inner)
+
+
+@lru_cache
+def every_objective():
+    """Name -> (objective, params, state, batch): one entry per objective and form of its batch."""
+    (packed,) = pack_pairs(*pairs(16), classes=1, per_row=2)
+    packed = referenced(packed)
+    theirs = TEACHER.init(jax.random.key(2))
+    head = classifier(MODEL, feature="likelihood")
+    adapted = lora(MODEL, 2)
+    both = adapted.init(KEY)
+    labelled = rows().with_columns(label=np.full((4, 2), 0.5, np.float32))
+    loss = partial(dpo, beta=1.0)
+    plain, live = state(), state({"teacher": theirs})
+    return {
+        "language": (language(MODEL), PARAMS, plain, rows()),
+        "language on targets": (language(MODEL), PARAMS, plain, with_targets(rows())),
+        "classify": (classify(head, soft_xent), head.init(KEY), plain, labelled),
+        "prefer": (prefer(MODEL, loss), PARAMS, plain, packed),
+        "prefer padded": (
+            prefer(MODEL, loss, reference="none"),
+            PARAMS,
+            plain,
+            pad_pairs(*pairs()),
+        ),
+        "prefer live": (
+            prefer(MODEL, loss, reference=MODEL),
+            PARAMS,
+            state({"ref": PARAMS}),
+            packed,
+        ),
+        "prefer adapters": (
+            on_base(prefer(adapted, loss, reference=MODEL)),
+            both["lora"],
+            state({"base": both["base"]}),
+            packed,
+        ),
+        "distill forward": (distill(MODEL, forward_kl, teacher=TEACHER), PARAMS, live, rows()),
+        "distill reverse": (distill(MODEL, reverse_kl, teacher=TEACHER), PARAMS, live, rows()),
+        "distill jsd": (
+            distill(MODEL, partial(jsd, beta=0.5), teacher=TEACHER),
+            PARAMS,
+            live,
+            rows(),
+        ),
+        "distill stored": (
+            distill(MODEL, top_k),
+            PARAMS,
+            plain,
+            stored(with_targets(rows()), 4)[0],
+        ),
+    }
+
+
+NAMES = (
+    "language",
+    "language on targets",
+    "classify",
+    "prefer",
+    "prefer padded",
+    "prefer live",
+    "prefer adapters",
+    "distill forward",
+    "distill reverse",
+    "distill jsd",
+    "distill stored",
+)
+
+
+def test_the_list_of_objectives_is_whole():
+    assert set(NAMES) == set(every_objective())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_holds_tokens_times_vocabulary(name, monkeypatch):
+    monkeypatch.setitem(sequence.LIMIT, "cpu", 4 * V * 8)  # eight tokens at once
+    objective, params, now, table = every_objective()[name]
+    batch = whole(table)
+
+    def loss(params):
+        return objective(params, now, batch, KEY)[0]
+
+    found = [s for s in shapes(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) if V in s]
+    logits = [np.prod(s) // V for s in found if len(s) == 3]
+    assert logits and max(logits) <= 8  # tokens whose logits exist at once
+    assert max(np.prod(s) for s in found) <= max(8, 24) * V  # or a matrix [D, V]
+    monkeypatch.undo()
+    assert np.isclose(loss(params), objective(params, now, batch, KEY)[0], rtol=1e-5)
