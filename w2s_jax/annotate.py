@@ -20,6 +20,7 @@ from w2s_jax import mesh as meshes
 from w2s_jax.data.shards import Shards, joined
 from w2s_jax.errors import UserError
 from w2s_jax.losses.sequence import token_logps
+from w2s_jax.objectives import response_logps
 from w2s_jax.types import Array, Batch, Model, Params, Table, Tree, forward
 
 log = logging.getLogger("w2s_jax")
@@ -71,10 +72,14 @@ def stream(
     spans: Sequence[tuple[int, int]],
     batch: int,
     mesh: jax.sharding.Mesh | None,
+    whole: bool = False,
 ) -> Iterator[tuple[int, Tree]]:
-    """(first row, result on the host) of each batch of each span of rows, one batch ahead."""
+    """(first row, result on the host) of each batch of each span of rows, one batch ahead.
+
+    A batch larger than the table is cut to it, unless ``whole``: then a small table is padded.
+    """
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
-    size = -(-min(batch, len(table)) // ways) * ways
+    size = -(-(batch if whole else min(batch, len(table))) // ways) * ways
     mine = meshes.batch_rows(mesh, size)
     program, waiting = jax.jit(fn), None
     for begin, end in ((at, min(at + size, e)) for b, e in spans for at in range(b, e, size)):
@@ -250,28 +255,12 @@ def reference(model: Model) -> Fn:
     """
 
     def say(params: Params, batch: Batch) -> Tree:
+        sums, _ = response_logps(model, params, batch)
         if "pairs" in batch:
-            return {"pairs": _packed_logps(model, params, batch)}
-        return {side: _logps(model, params, batch[side]) for side in ("chosen", "rejected")}
+            return {"pairs": sums}
+        return {"chosen": sums[:, 0, 0], "rejected": sums[:, 0, 1]}
 
     return say
-
-
-def _logps(model: Model, params: Params, side: Batch) -> Array:
-    output, mask = forward(model, params, side), side["mask"][:, 1:]
-    logps = token_logps(
-        output.hidden[:, :-1], output.unembed, side["tokens"][:, 1:], mask, vocab=output.vocab
-    )
-    return logps.sum(-1)
-
-
-def _packed_logps(model: Model, params: Params, batch: Batch) -> Array:
-    output, aims = forward(model, params, batch), batch["targets"]
-    hidden = jnp.take_along_axis(output.hidden, aims["at"][..., None], axis=1)
-    logps = token_logps(hidden, output.unembed, aims["ids"], aims["mask"], vocab=output.vocab)
-    sides = 2 * batch["pairs"]["weight"].shape[1]
-    total = jax.vmap(lambda x, of: jax.ops.segment_sum(x, of, sides))(logps, aims["of"])
-    return total.reshape(len(total), -1, 2)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from w2s_jax import annotate
 from w2s_jax import mesh as meshes
 from w2s_jax.data import teachers
+from w2s_jax.data.shards import joined
 from w2s_jax.errors import UserError
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.types import Array, Model, Params, Table
@@ -220,49 +221,57 @@ def live_teacher(
     k: int,
     *,
     mesh: Mesh,
+    batch: int,
     dtype: str | None = "bfloat16",
 ) -> Table:
-    """The table with a column ``teacher`` that ``model`` computes, on devices of its own, for
-    each batch that is asked for.
+    """The table with a column ``teacher`` that ``model`` computes, on devices of its own, for the
+    rows that are asked for.
 
-    ``fit`` asks for the next batch while the student's devices are busy with this one, so the
-    teacher's forward pass runs beside the student's update; what crosses per prediction is k ids,
-    k bfloat16 log-probabilities and a float32 tail. In a job of several processes each has a
-    teacher mesh of its own devices and asks for its own rows.
+    ``fit`` asks for batches ahead of their use, from a thread, so the teacher's forward pass runs
+    beside the student's updates; what crosses per prediction is k ids, k bfloat16 log-probabilities
+    and a float32 tail. In a job of several processes each has a teacher mesh of its own devices and
+    asks for its own rows.
 
     Args:
       mesh: where the teacher lives, for instance ``make_mesh("tensor=4", jax.devices()[4:])``.
+      batch: rows of a forward pass (rounded up to what the mesh divides).
       dtype: type its weights are kept in there; None leaves them.
 
     Raises:
-      UserError: k larger than the vocabulary; a table that says not what is predicted.
+      UserError: k larger than the vocabulary; a table that does not say what is predicted.
     """
     about = teachers.About(digest(params), model.config.vocab, k, dtype="bfloat16")
     asked, held = _asked(table), teachers.counts(table)
-    kind = None if dtype is None else jnp.dtype(dtype)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.device_put(leaf if kind is None else leaf.astype(kind), place),
-        params,
-        meshes.shardings(model.axes, mesh, params),
-    )
-    fn = annotate.top_k(model, k, most=_most(asked, held))
-    program = jax.jit(lambda p, batch: _narrow(fn(p, batch)))
-    ways = math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+    placed = _placed(model, params, mesh, dtype)
+    fn = _narrow(model, k, _most(asked, held))
+    aims = _only(asked, "targets", "mask")
 
     def make(index: np.ndarray) -> dict[str, np.ndarray]:
-        padded = np.resize(index, -(-len(index) // ways) * ways)
-        with meshes.rules_context(mesh):
-            batch = meshes.put_batch(asked.batch(padded), mesh, len(padded))
-            arrays = jax.device_get(program(placed, batch))
-        arrays = {name: array[: len(index)] for name, array in arrays.items()}
+        part = asked.take(index)
+        said = annotate.stream(fn, placed, part, [(0, len(part))], batch, mesh, whole=True)
+        arrays = joined([piece for _, piece in said])
         kept = _told(asked, index, held, arrays)
         records = {name: array[kept] for name, array in arrays.items()}
-        where = teachers.predicted(_only(asked, "targets", "mask").batch(index))
-        return teachers.spread(where, records, k, about.vocab)
+        return teachers.spread(teachers.predicted(aims.batch(index)), records, k, about.vocab)
 
     name = f"{about}-{dtype}-{model.config!r}-{teachers.identity(table)}"
     return table.with_columns(teacher=teachers.columns(make, len(table), "bfloat16", name))
 
 
-def _narrow(said: Any) -> Any:
-    return {**said, "logits": said["logits"].astype(jnp.bfloat16)}
+def _placed(model: Model, params: Params, mesh: Mesh, dtype: str | None) -> Params:
+    def put(leaf: Any, place: Any) -> Any:
+        return jax.device_put(leaf if dtype is None else leaf.astype(jnp.dtype(dtype)), place)
+
+    return jax.tree.map(put, params, meshes.shardings(model.axes, mesh, params))
+
+
+@functools.lru_cache(maxsize=64)
+def _narrow(model: Model, k: int, most: int | None) -> annotate.Fn:
+    """``annotate.top_k`` with bfloat16 log-probabilities."""
+    fn = annotate.top_k(model, k, most=most)
+
+    def say(params: Params, batch: Any) -> Any:
+        told = fn(params, batch)
+        return {**told, "logits": told["logits"].astype(jnp.bfloat16)}
+
+    return say
