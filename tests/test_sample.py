@@ -123,7 +123,7 @@ def test_limits_are_greedy(params, greedy, limit) -> None:
 
 def test_limits_that_leave_everything(params) -> None:
     free = sample(MODEL, params, PROMPTS, KEY, tokens=6)
-    for limit in ({"top_k": 48}, {"top_k": 1000}, {"top_p": 1.0}):
+    for limit in ({"top_k": 48}, {"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.0}):
         assert sample(MODEL, params, PROMPTS, KEY, tokens=6, **limit) == free
 
 
@@ -152,6 +152,8 @@ FIXED = constant()
         ({"top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),  # .4 does not reach .6, .4 + .3 does
         ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
         ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),  # of the three left: .44 < .5
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),  # .3 is three quarters of .4, .2 the half
+        ({"top_p": 0.75, "min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
         ({"vocab": 3}, [1 / 7, 4 / 7, 2 / 7, 0]),
     ],
 )
@@ -184,6 +186,9 @@ def test_nothing_to_continue() -> None:
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),
         ([[1]], {"top_k": -1}, "top_k"),
+        ([[1]], {"top_k": 5}, "top_k must be from 0 .* to the vocabulary's 4, got 5"),
+        ([[1]], {"min_p": 1.0}, "min_p in"),
+        ([[1], [2, 4]], {}, "prompt 1 has token 4, the model has 4"),
     ],
 )
 def test_bad_input_is_one_line(prompts, how, message) -> None:

@@ -41,6 +41,11 @@ def init_cache(config: Config, batch: int, length: int) -> Cache:
             f"model: a cache of {length} tokens exceeds max_length {config.max_length}; "
             "use shorter prompts or generate fewer tokens"
         )
+    return empty_cache(config, batch, length)
+
+
+def empty_cache(config: Config, batch: int, length: int) -> Cache:
+    """The same without the limit: rows that take turns in it may share more slots than one has."""
     shape = (batch, config.kv_heads, length, config.head_dim)
     return Cache(
         layers=tuple(
@@ -50,6 +55,49 @@ def init_cache(config: Config, batch: int, length: int) -> Cache:
         segment=jnp.zeros((batch, length), jnp.int32),
         position=jnp.zeros((batch,), jnp.int32),
         index=jnp.zeros((), jnp.int32),
+    )
+
+
+def place(cache: Cache, prompts: Cache, source: Array) -> Cache:
+    """New rows among those of ``cache`` [B,S]: row b becomes row ``source[b]`` of ``prompts`` [R,P]
+    where that is not negative. Prompts end where the cache stands, hence ``index`` is at least P.
+    """
+    length = prompts.segment.shape[1]
+    begin, new, of = cache.index - length, source >= 0, jnp.maximum(source, 0)
+
+    def put(old: Array, prompt: Array, axis: int) -> Array:
+        here = jax.lax.dynamic_slice_in_dim(old, begin, length, axis)
+        taken = new.reshape((-1,) + (1,) * (old.ndim - 1))
+        return jax.lax.dynamic_update_slice_in_dim(
+            old, jnp.where(taken, prompt[of], here), begin, axis
+        )
+
+    return Cache(
+        layers=jax.tree.map(lambda old, prompt: put(old, prompt, 2), cache.layers, prompts.layers),
+        segment=put(jnp.where(new[:, None], 0, cache.segment), prompts.segment, 1),
+        position=jnp.where(new, prompts.position[of], cache.position),
+        index=cache.index,
+    )
+
+
+def settle(cache: Cache, rows: Array, index: Array, length: int) -> Cache:
+    """The rows ``rows`` [B'] of a cache, moved to ``length`` slots so that it stands at ``index``.
+
+    What lies before the first slot then is lost: ``index`` is at least the longest row.
+    """
+    shift = cache.index - index
+
+    def move(old: Array, axis: int) -> Array:
+        pad = [(0, 0)] * old.ndim
+        pad[axis] = (length, length)
+        wide = jnp.pad(old[rows], pad)
+        return jax.lax.dynamic_slice_in_dim(wide, length + shift, length, axis)
+
+    return Cache(
+        layers=jax.tree.map(lambda old: move(old, 2), cache.layers),
+        segment=move(cache.segment, 1),
+        position=cache.position[rows],
+        index=jnp.asarray(index, jnp.int32),
     )
 
 
