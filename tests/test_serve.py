@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -279,6 +280,29 @@ def test_inside_a_running_loop_as_in_a_notebook(ask, log) -> None:
 
     with serving(log) as server:
         assert len(asyncio.run(cell(server.url))) == 1
+
+
+def test_an_interrupt_in_a_notebook_is_heard_at_once(ask, log) -> None:
+    async def cell(url: str) -> Table:
+        return ask(texts(*map(str, range(500))), url, in_flight=1)
+
+    def interrupt(server) -> None:
+        while len(server.answered()) < 5:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    loop = asyncio.new_event_loop()
+    with serving(log, slow=0.05) as server:
+        friend = threading.Thread(target=interrupt, args=(server,))
+        friend.start()
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(cell(server.url))
+        friend.join()
+        done = len(server.answered())
+        loop.close()
+        assert 5 <= done < 400
+        ask(texts(*map(str, range(done - 1))), server.url)
+        assert max(Counter(server.answered()).values()) == 1
 
 
 # From the command line, in a process that can be killed

@@ -53,7 +53,8 @@ def generate(
 
     Each request carries its own seed, a function of ``key``, the prompt and the sample's number;
     where the server honours seeds, an answer does not depend on the other rows. Equal prompts in
-    several rows are drawn separately.
+    several rows are drawn separately. ``finish`` may also be a word of the server's own, such as
+    "content_filter".
 
     Args:
       table: has ``prompt`` (text or lists of token ids) or ``messages`` (lists of
@@ -223,8 +224,20 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
+    inner: list[Any] = []
+
+    async def whole() -> Any:
+        inner[:] = asyncio.get_running_loop(), asyncio.current_task()
+        return await work
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        job = pool.submit(asyncio.run, whole())
+        try:
+            return job.result()
+        except BaseException:
+            if inner and not job.done():  # a notebook's interrupt must not wait for the rest
+                inner[0].call_soon_threadsafe(inner[1].cancel)
+            raise
 
 
 def _table(table: Table, answers: list[dict[str, Any]], samples: int) -> Table:
