@@ -54,6 +54,10 @@ class Flags:
     """Micro-batches per update."""
     remat: str = "full"
     """What the backward pass makes again: none, dots, attention, outputs, full, offload."""
+    moments: Literal["float32", "mixed", "bfloat16"] = "float32"
+    """How the optimiser's moments are stored."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory."""
     rank: int = 0
     """Rank of adapters on all projections of a frozen base; 0 trains all weights."""
     optimizer: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
@@ -72,6 +76,7 @@ def draft(
     length: int,
     prompt: int = 0,
     rank: int = 0,
+    offload: bool = False,
     teacher: Config | None = None,
     alone: bool = False,
     flags: Mapping[str, str] | None = None,
@@ -100,7 +105,7 @@ def draft(
     build = partial(_build, config, method, tune, length, prompt, teacher)
     kind = f"{method} of rank {rank}" if rank else method
     rows = f"{length:,} tokens" + (f" ({prompt:,} of them the prompt)" if prompt else "")
-    options = Options(tune.batch, tune.micro, config.remat, rank)
+    options = Options(tune.batch, tune.micro, config.remat, tune.moments, offload, rank)
     title = f"{name or config.family} {kind}, rows of {rows}"
     return Draft(title, build, options, flags or {}, alone)
 
@@ -131,14 +136,19 @@ def _build(
     objective, columns, tokens = METHODS[method](model, options.batch, length, prompt, teacher)
     if options.rank:
         objective = on_base(objective)
-    tune = replace(tune, batch=options.batch, micro=options.micro, steps=tune.steps or 1000)
     flops = flops_per_token(config, length)
     if options.rank:  # no gradients of the frozen weights
         flops -= flops_per_token(config, 0) / 3
     if teacher is not None:
         flops += flops_per_token(teacher, length) / 3
     held = dict(frozen=frozen, places=places) if frozen else {}
-    return Recipe(objective, params, axes, tune, columns, tokens, flops * tokens, **held)
+    known = (_tuned(tune, options), columns, tokens, flops * tokens)
+    return Recipe(objective, params, axes, *known, offload=options.offload, **held)
+
+
+def _tuned(tune: Tune, options: Options) -> Tune:
+    named = dict(batch=options.batch, micro=options.micro, moments=options.moments)
+    return replace(tune, **named, steps=tune.steps or 1000)
 
 
 def classifying(
@@ -159,16 +169,16 @@ def classifying(
     def build(options: Options) -> Recipe:
         model = classifier(transformer(replace(config, remat=options.remat)), 2, feature)
         columns = _rows(options.batch, length) | {"label": _floats(options.batch, 2)}
-        known = replace(tune, batch=options.batch, micro=options.micro, steps=tune.steps or 1000)
         params = jax.eval_shape(model.init, jax.random.key(0))
         flops, tokens = flops_per_token(config, length), options.batch * length
         if feature != "likelihood":  # no vocabulary head
             flops -= 6.0 * config.vocab * config.width
         objective = classify(model, soft_xent)
-        return Recipe(objective, params, model.axes, known, columns, tokens, flops * tokens)
+        known = (columns, tokens, flops * tokens)
+        return Recipe(objective, params, model.axes, _tuned(tune, options), *known)
 
     title = f"{name or config.family} with a head on {feature!r}, rows of {length:,} tokens"
-    options = Options(tune.batch, tune.micro, config.remat)
+    options = Options(tune.batch, tune.micro, config.remat, tune.moments)
     return Draft(title, build, options, flags or {}, alone)
 
 
@@ -183,10 +193,9 @@ def probing(
             "features": _floats(options.batch, width),
             "label": _floats(options.batch, classes),
         }
-        known = replace(tune, batch=options.batch, steps=tune.steps or 1000)
         params = jax.eval_shape(model.init, jax.random.key(0))
-        flops = 6.0 * options.batch * width * classes
-        return Recipe(classify(model, soft_xent), params, model.axes, known, columns, 0, flops)
+        known = (_tuned(tune, options), columns, 0, 6.0 * options.batch * width * classes)
+        return Recipe(classify(model, soft_xent), params, model.axes, *known)
 
     title = f"linear probe of {width} features, {classes} classes"
     return Draft(title, build, Options(tune.batch), flags or {}, alone=True)
@@ -263,14 +272,17 @@ def _asked(given: Flags) -> Draft:
     config = replace(shape(given.model), param_dtype=given.param_dtype, **sizes)
     if given.teacher and given.method != "kd":
         raise UserError("--teacher goes with --method kd")
+    numbers = dict(batch=given.batch, micro=given.micro, moments=given.moments)
+    tune = Tune(lr=1e-6, optimizer=given.optimizer, **numbers)
     names = [one.name for one in dataclasses.fields(Options)]
     return draft(
         config,
         given.method,
-        Tune(lr=1e-6, batch=given.batch, micro=given.micro, optimizer=given.optimizer),
+        tune,
         length=given.length,
         prompt=given.prompt,
         rank=given.rank,
+        offload=given.offload,
         teacher=shape(given.teacher) if given.teacher else None,
         flags={name: f"--{name}" for name in names},
         name=given.model,

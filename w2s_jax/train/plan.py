@@ -37,7 +37,8 @@ class Recipe:
     """One update, down to every shape: leaves are ``ShapeDtypeStruct``.
 
     ``axes`` are the logical names of ``params``; ``frozen`` and ``places`` (its axes, None for
-    whole copies) what the objective reads besides. ``tokens`` and ``flops`` are per update.
+    whole copies) what the objective reads besides. ``tokens`` and ``flops`` are per update;
+    ``offload`` as in ``fit``.
     """
 
     objective: Objective
@@ -49,15 +50,19 @@ class Recipe:
     flops: float
     frozen: Tree = ()
     places: Tree = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a step can trade for memory; ``rank`` 0 trains all weights."""
+    """What a step can trade for memory: ``Tune.micro`` and ``moments``, ``Config.remat``,
+    ``offload`` of ``fit``, and the ``rank`` of adapters (0 trains all weights)."""
 
     batch: int
     micro: int = 1
     remat: str = "none"
+    moments: str = "float32"
+    offload: bool = False
     rank: int = 0
 
 
@@ -95,6 +100,7 @@ class Plan:
     flops: float
     tokens: int
     seconds: float
+    cpu: float
 
     def __str__(self) -> str:
         chips = len(self.topology.devices)
@@ -116,7 +122,7 @@ class Plan:
             "of what it has": f"{share:.0%} of {_gib(self.topology.memory)}: {verdict}",
             "collectives": (sent or "none") if self.arguments else "unknown",
             "per step": f"{self.flops:.3g} model FLOPs, {self.tokens:,} tokens{least}",
-            "compiled in": f"{self.seconds:.1f} s",
+            "compiled in": f"{self.seconds:.1f} s ({self.cpu:.1f} s of CPU time)",
         }
         return "\n".join([head, *(f"  {name:18} {text}" for name, text in lines.items())])
 
@@ -142,7 +148,7 @@ def plan(recipe: Recipe, where: Topology, mesh: str | None = None) -> Plan:
             f"batch {recipe.tune.batch} in {recipe.tune.micro} micro-batches does not divide over "
             f"data x fsdp = {ways} devices of mesh {spec}; use fewer of them, or tensor"
         )
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     known = dict(flops=recipe.flops, tokens=recipe.tokens, topology=where, mesh=spec)
     try:
         compiled = _lower(recipe, devices).compile()
@@ -150,13 +156,13 @@ def plan(recipe: Recipe, where: Topology, mesh: str | None = None) -> Plan:
         needed = _needed(str(error))
         if needed is None:
             raise
-        seconds = time.perf_counter() - began
-        parts = dict(arguments=0, temporaries=0, program=0, traffic={})
-        return Plan(**known, **parts, peak=needed, fits=False, seconds=seconds)
-    seconds = time.perf_counter() - began
-    sizes = _memory(compiled, where.kind)
-    fit = sizes["peak"] <= where.memory
-    return Plan(**known, **sizes, fits=fit, traffic=traffic(compiled.as_text()), seconds=seconds)
+        sizes = dict(arguments=0, temporaries=0, program=0, peak=needed)
+        fit, sent = False, {}
+    else:
+        sizes = _memory(compiled, where.kind)
+        fit, sent = sizes["peak"] <= where.memory, traffic(compiled.as_text())
+    spent = dict(seconds=time.perf_counter() - began, cpu=time.process_time() - busy)
+    return Plan(**known, **sizes, **spent, fits=fit, traffic=sent)
 
 
 def default_mesh(recipe: Recipe, where: Topology) -> str:
@@ -169,12 +175,9 @@ def default_mesh(recipe: Recipe, where: Topology) -> str:
 
 def _lower(recipe: Recipe, mesh: jax.sharding.Mesh) -> Any:
     """The update as ``fit`` would run it, on shapes."""
-    tune = recipe.tune
-    steps = tune.total(1)
-    tx = optimizer(tune, steps, recipe.axes)
+    tx = optimizer(recipe.tune, recipe.tune.total(1), recipe.axes)
     with meshes.rules_context(mesh):
-        state = jax.eval_shape(lambda params: fits.start(params, tx, steps), recipe.params)
-        places = fits._places(state, recipe.axes, mesh)
+        state, places = _state(recipe, tx, mesh)
         whole = meshes.replicated(mesh)
         frozen = _placed(recipe.frozen, jax.tree.map(lambda _: whole, recipe.frozen))
         if recipe.places is not None:
@@ -183,9 +186,16 @@ def _lower(recipe: Recipe, mesh: jax.sharding.Mesh) -> Any:
         rows = meshes.batch_sharding(mesh)
         batch = _placed(recipe.batch, jax.tree.map(lambda _: rows, recipe.batch))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        step = fits.make_step(recipe.objective, tx, micro=tune.micro, norms=True)
+        step = fits.make_step(recipe.objective, tx, micro=recipe.tune.micro, norms=True)
         update = fits._program(step, places, mesh)
         return update.lower(_placed(state, places), frozen, batch, _placed(key, whole))
+
+
+def _state(recipe: Recipe, tx: Any, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
+    """Shapes of the state and where ``fit`` puts it."""
+    state = jax.eval_shape(lambda params: fits.start(params, tx, 1), recipe.params)
+    places = fits._places(state, recipe.axes, mesh)
+    return state, fits._offloaded(places, state) if recipe.offload else places
 
 
 def _placed(shapes: Tree, places: Tree) -> Tree:
@@ -275,20 +285,26 @@ def advise(
         tried += 1
         if found.fits:
             fitting.append(change)
-            yield " ".join(f"{draft.flags[k]} {v}" for k, v in change.items()), found
+            yield " ".join(_said(draft.flags[k], v) for k, v in change.items()), found
         if len(fitting) == want or tried == most:
             return
 
 
-# What a change costs, in percent of speed (first column of each: the value, a function of the
-# present one); a smaller batch and adapters change the experiment itself, hence come last.
+def _said(flag: str, value: Any) -> str:
+    return flag if value is True else f"{flag} {value}"
+
+
+# (cost, field, value): roughly the percent of speed that each change costs, or that it is worth to
+# avoid; a smaller batch and adapters change the experiment itself, hence come last.
 def _costs(options: Options) -> list[tuple[float, str, Any]]:
     order = ("none", "dots", "attention", "outputs", "full")
     stricter = order[order.index(options.remat) + 1 :] if options.remat in order else ("full",)
     remat = {"attention": 15, "full": 30}
     return [
         *((2.0 * i, "micro", options.micro * 2**i) for i in (1, 2, 3)),
+        *([(3.0, "moments", "bfloat16")] if options.moments != "bfloat16" else []),
         *((float(cost), "remat", name) for name, cost in remat.items() if name in stricter),
+        *([(25.0, "offload", True)] if not options.offload else []),
         *((50.0 * i, "batch", options.batch // 2**i) for i in (1, 2)),
         *([(60.0, "rank", 16)] if not options.rank else []),
     ]
@@ -310,10 +326,10 @@ def _held(recipe: Recipe, where: Topology, spec: str) -> int:
     """Bytes per device of the state and the frozen weights, which no schedule can avoid."""
     mesh = meshes.make_mesh(spec, where.devices)
     tx = optimizer(recipe.tune, recipe.tune.total(1), recipe.axes)
-    state = jax.eval_shape(lambda params: fits.start(params, tx, 1), recipe.params)
-    leaves = jax.tree.leaves(_placed(state, fits._places(state, recipe.axes, mesh)))
+    leaves = jax.tree.leaves(_placed(*_state(recipe, tx, mesh)))
+    near = [leaf for leaf in leaves if leaf.sharding.memory_kind != fits.HOST]
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in near
     )
 
 

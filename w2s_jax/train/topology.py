@@ -91,7 +91,7 @@ def prepare(name: str) -> None:
 def topology(name: str) -> Topology:
     """The devices of ``name``: "v4:2x2x2", "v5e:8x8", "v5p:2x2x1", "v6e:4x4", "cpu:8".
 
-    TPU slices need the package libtpu (``pip install "w2s_jax[plan]"``) but no TPU.
+    TPU slices need the package libtpu (``pip install -e ".[tpu]"``) but no TPU.
 
     Raises:
       UserError: an unknown name, a shape that does not exist, libtpu not installed, or fewer CPU
@@ -120,7 +120,7 @@ def _slice(name: str, kind: str) -> Sequence[Any]:
         import libtpu  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f'planning for {name} needs libtpu: pip install "w2s_jax[plan]" (no TPU is needed)'
+            f'planning for {name} needs libtpu: pip install -e ".[tpu]" (no TPU is needed)'
         ) from error
     from jax.experimental import topologies
 
