@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def _gpt2(width: int, layers: int, heads: int) -> Config:
 
 SHAPES: dict[str, Config] = {
     "llama-3.1-8b": _llama(4096, 32, 32, 14_336, 8.0, tie=False),
+    # Llama 3.1 8B with a padding token, its rows rounded up to a multiple of 8
+    "llama-3.1-tulu-3-8b-sft": replace(_llama(4096, 32, 32, 14_336, 8.0, tie=False), vocab=128_264),
     "llama-3.2-1b": _llama(2048, 16, 32, 8192, 32.0, tie=True),
     "llama-3.2-3b": _llama(3072, 28, 24, 8192, 32.0, tie=True),
     "qwen2.5-0.5b": _qwen(896, 24, 14, 2, 4864),
