@@ -71,16 +71,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.connection.close()
             if "raw" in options:
                 return self._send(200, options["raw"])
-        text, finish = self._text(body, chat)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
-        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        if body.get("logprobs") and not options.get("silent"):
-            pieces = [{"token": piece, "logprob": -0.5} for piece in text[:3]]
-            plain = {"token_logprobs": [piece["logprob"] for piece in pieces]}
-            choice["logprobs"] = {"content": pieces} if chat else plain
-        if body.get("return_token_ids"):
-            choice["token_ids"] = [ord(letter) for letter in text[:3]]
-        usage = {"prompt_tokens": len(asked), "completion_tokens": len(text)}
+        choice = self.nano(body) if self.nano else self._choice(body, chat)
+        usage = {"prompt_tokens": len(asked), "completion_tokens": 7}
         with self.lock:
             if Handler.answered >= options.get("die_after", 10**9):
                 os._exit(1)
@@ -88,11 +80,19 @@ class Handler(BaseHTTPRequestHandler):
             self._log(answered=asked)
         self._send(200, {"model": body["model"], "choices": [choice], "usage": usage})
 
-    def _text(self, body: dict[str, Any], chat: bool) -> tuple[str, str]:
-        if self.nano is not None:
-            return self.nano(body["prompt"], body["max_tokens"])
+    def _choice(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
         prompt = body["messages"] if chat else body["prompt"]
-        return f"{json.dumps(prompt)}?{body['seed']}", "length" if "cut" in str(prompt) else "stop"
+        text = f"{json.dumps(prompt)}?{body['seed']}"
+        finish = "length" if "cut" in str(prompt) else "stop"
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        if body.get("logprobs") and not self.options.get("silent"):
+            pieces = [{"token": piece, "logprob": -0.5} for piece in text[:3]]
+            plain = {"token_logprobs": [piece["logprob"] for piece in pieces]}
+            choice["logprobs"] = {"content": pieces} if chat else plain
+        if body.get("return_token_ids"):
+            choice["token_ids"] = [ord(letter) for letter in text[:3]]
+        return choice
 
     def _trusted(self) -> bool:
         want = self.options.get("key")
@@ -119,30 +119,36 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def nano(name: str):
-    """(prompt, tokens) -> (text, finish) by the greedy continuation of a shipped model."""
+    """Body of a request -> the choice of its answer, by our own generation with a shipped model."""
     import jax
+    import numpy as np
 
-    from w2s_jax.generate.sample import sample
+    from w2s_jax.generate.sample import generate
     from w2s_jax.models import hf
+    from w2s_jax.types import Table
 
     model, params, tokenizer = hf.load(name)
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
     lock = threading.Lock()
 
-    def answer(prompt: str, tokens: int) -> tuple[str, str]:
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
         with lock:
-            ids = sample(
+            told = generate(
+                Table({"prompt": np.array([body["prompt"]], object)}),
                 model,
                 params,
-                [start + tokenizer.encode_ids([prompt])[0]],
-                jax.random.key(0),
-                tokens=tokens,
-                temperature=0.0,
-                stop=() if tokenizer.eos is None else (tokenizer.eos,),
-                vocab=tokenizer.size,
-                batch=1,
-            )[0]
-        return tokenizer.decode(ids), "length" if len(ids) == tokens else "stop"
+                tokenizer,
+                key=jax.random.key(body["seed"]),
+                tokens=body["max_tokens"],
+                temperature=body["temperature"],
+                stop=body.get("stop") or (),
+            )
+        return {
+            "index": 0,
+            "text": told["response"][0],
+            "finish_reason": str(told["finish"][0]),
+            "token_ids": told["response_ids"][0].tolist(),
+            "logprobs": {"token_logprobs": told["response_logps"][0].tolist()},
+        }
 
     return answer
 

@@ -230,6 +230,7 @@ def test_a_row_too_long_is_named_and_the_others_are_kept(ask, log) -> None:
         (Table({"messages": objects(["hi"])}), {}, r"row 0: .* a list of"),
         (Table({"messages": objects([TURNS])}), {"chat": False}, r"no column 'prompt'"),
         (texts("a"), {"samples": 0}, r"samples must be at least 1, got 0"),
+        (texts("a"), {"stop": ("\n", "")}, r"a stop string is empty"),
         (texts("a"), {"top_p": 0}, r"0 < top_p <= 1"),
         (texts("a"), {"server": "localhost:8000"}, r"'localhost:8000' is no address"),
         (
@@ -398,12 +399,22 @@ def test_two_clients_at_once_do_not_spoil_each_other(tmp_path, log) -> None:
 def test_served_and_sampled_here_are_the_same(ask, log) -> None:
     import jax
 
-    from w2s_jax.generate.sample import complete
+    from w2s_jax.generate.sample import generate
     from w2s_jax.models import hf
 
-    model, params, tokenizer = hf.load("nano-1")
-    asked = ["1+1=", "What is 12 + 30?", "The answer", "7*8=", "once upon"]
-    want = complete(model, params, tokenizer, asked, jax.random.key(0), tokens=24)
+    asked = texts("1+1=", "What is 12 + 30?", "The answer", "7*8=", "once upon", [1, 14, 5, 18])
+    here = generate(
+        asked, *hf.load("nano-1"), key=jax.random.key(0), tokens=24, temperature=0.0, stop=(" . ",)
+    )
     with serving(log, nano="nano-1") as server:
-        told = ask(texts(*asked), server.url, tokens=24, temperature=0.0)
-    assert told["response"].tolist() == want
+        there = ask(
+            asked, server.url, tokens=24, temperature=0.0, stop=" . ", logps=True, in_flight=4
+        )
+    assert set(here.columns) == set(there.columns)
+    assert set(here["finish"]) == {"stop", "length"}
+    for name in ("response", "finish", "sample"):
+        assert here[name].tolist() == there[name].tolist(), name
+    for name in ("response_ids", "response_logps"):
+        for one, two in zip(here[name], there[name], strict=True):
+            assert one.dtype == two.dtype
+            np.testing.assert_allclose(one, two, atol=1e-4)

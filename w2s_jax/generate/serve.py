@@ -78,6 +78,9 @@ def generate(
       UserError: a bad prompt or setting, a server that cannot be reached, refuses the key or
         lacks the model, a request it rejects, answers it does not give. What was answered stays.
     """
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    if "" in stop:
+        raise UserError("serve: a stop string is empty; leave it out or say where to stop")
     _check(tokens, samples, in_flight, retries, timeout, temperature, top_p)
     chat, prompts = _prompts(table, chat)
     place = Server(address(server), key_variable, retries, timeout)
@@ -86,7 +89,7 @@ def generate(
         "max_tokens": tokens,
         "temperature": temperature,
         "top_p": top_p,
-        **({"stop": list(stop)} if stop else {}),
+        **({"stop": stop} if stop else {}),
         **({"logprobs": True if chat else 1} if logps else {}),
         **({"top_k": top_k} if top_k else {}),
         **({"min_p": min_p} if min_p else {}),
