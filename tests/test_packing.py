@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax.data.packing import buckets, fill, length_classes, pack, with_targets
+from w2s_jax.data.packing import buckets, fill, length_classes, pack, with_rows, with_targets
 from w2s_jax.errors import UserError
 from w2s_jax.models.transformer import Config, transformer
 from w2s_jax.objectives import language
@@ -144,6 +144,16 @@ def test_leaving_out_what_is_not_trained_on_changes_nothing(change):
     table = rows()
     changed = change(table)
     (a, ga), (b, gb) = (language_loss(t if isinstance(t, list) else [t]) for t in (table, changed))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ga, gb)
+
+
+def test_rows_of_documents_change_nothing():
+    packed = pack([(ids, None) for ids, _ in _documents(0, 30, 20)], 32)
+    packed = packed.with_columns(tokens=packed["tokens"] % 40)
+    given = with_rows(packed, multiple=4)
+    assert given["rows"]["take"].shape[2] == 20
+    (a, ga), (b, gb) = (language_loss([t]) for t in (packed, given))
     np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ga, gb)
 
