@@ -20,6 +20,10 @@ _BLOCK = 256  # queries whose scores exist together in a long row
 _PARTS = 8  # parts of a row with keys of their own length
 _LONG, _LARGE = 2048, 2**30  # tokens of a row, bytes of scores: then scores are not kept
 _LANES = 128  # the width of a TPU register: splash works on multiples of it
+_TILES = (
+    *("block_q", "block_kv", "block_kv_compute", "block_q_dkv"),
+    *("block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+)
 
 
 def causal(
@@ -116,97 +120,62 @@ def _unsplit(q: Any, k: Any) -> str | None:
 
 
 def xla(q: Array, k: Array, v: Array, segment: Array | None) -> Array:
-    """The reference. Rows from 512 tokens go in blocks of queries that skip the keys after them;
-    where scores would be large, each block's are made again in the backward pass."""
+    """The reference: rows from 512 tokens go in blocks of queries that skip the keys after them.
+
+    Where the scores of a layer would be large, those of each block are made again in the backward
+    pass. A row split over devices stays so: each mixes the whole keys for its own queries.
+    """
     batch, length, heads, _ = q.shape
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    split = ways("length")
     sizes, _ = _axes()
     scores = 4 * batch * heads * length * length // max(1, math.prod(sizes.values()))
     lean = length >= _LONG or scores >= _LARGE
-    if split > 1 and length % split == 0:
-        return _across(q, keys, values, segment, split, lean)
-    if length < 2 * _BLOCK or length % _BLOCK:
-        run = jax.checkpoint(_block) if lean else _block
-        return run(q, keys, values, jnp.arange(length), segment, segment)
-    part = _BLOCK * -(-length // (_PARTS * _BLOCK))
+    split = ways("length") if length % ways("length") == 0 else 1
+    if split > 1:  # heads of a group ride on the time axis below, which a split axis cannot bear
+        keys, values = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (keys, values))
+    step = _step(length // split)
+    if split > 1 or length < 2 * _BLOCK:
+        step, part = (step if lean else length // split), length
+    else:
+        part = step * -(-length // (_PARTS * step))
     parts = []
     for start in range(0, length, part):
         stop = min(start + part, length)
-        here = slice(start, stop)
-        own, seen = (None, None) if segment is None else (segment[:, here], segment[:, :stop])
-        parts.append(
-            _blocks(
-                q[:, here],
-                keys[:, :, :stop],
-                values[:, :, :stop],
-                jnp.arange(start, stop),
-                own,
-                seen,
-                lean,
-            )
+        own, seen = (None, None) if segment is None else (segment[:, start:stop], segment[:, :stop])
+        queries = (q[:, start:stop], jnp.arange(start, stop), own)
+        run = functools.partial(
+            _block, keys=keys[:, :, :stop], values=values[:, :, :stop], seen=seen
         )
-    return jnp.concatenate(parts, axis=1)
+        parts.append(_blocks(jax.checkpoint(run) if lean else run, queries, split, step))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _across(
-    q: Array, keys: Array, values: Array, segment: Array | None, split: int, lean: bool
-) -> Array:
-    """Rows split over devices: every device mixes the whole keys for its own queries."""
-    batch, length, *rest = q.shape
-    size = length // split
-    step = _BLOCK if lean and size % _BLOCK == 0 else size
-    if step == size:
-        run = jax.checkpoint(_block) if lean else _block
-        return run(q, keys, values, jnp.arange(length), segment, segment)
+def _step(length: int) -> int:
+    """Queries per block: the largest divisor up to ``_BLOCK`` that is worth a pass, else all."""
+    sizes = range(_BLOCK, _BLOCK // 4 - 1, -1)
+    return next((n for n in sizes if length % n == 0), length)
+
+
+def _blocks(run: Callable[..., Array], queries: Any, split: int, step: int) -> Array:
+    """``run`` on queries (q, places, segments), ``step`` of each of ``split`` stretches a time."""
+    batch, length, *rest = queries[0].shape
+    if length == split * step:
+        return run(*queries)
 
     def cut(x: Array, axis: int) -> Array:
-        """Blocks first; the places of all devices side by side in each."""
-        shape = (*x.shape[:axis], split, size // step, step, *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], split, -1, step, *x.shape[axis + 1 :])
         x = jnp.moveaxis(x.reshape(shape), axis + 1, 0)
-        return x.reshape(x.shape[0], *x.shape[1 : axis + 1], -1, *x.shape[axis + 3 :])
+        return x.reshape(*x.shape[: axis + 1], split * step, *x.shape[axis + 3 :])
 
-    own = None if segment is None else cut(segment, 1)
-    out = jax.lax.map(
-        lambda x: jax.checkpoint(_block)(x[0], keys, values, x[1], x[2], segment),
-        (cut(q, 1), cut(jnp.arange(length), 0), own),
-    )
+    q, places, own = queries
+    cuts = (cut(q, 1), cut(places, 0), None if own is None else cut(own, 1))
+    out = jax.lax.map(lambda x: run(*x), cuts)
     out = jnp.moveaxis(out.reshape(-1, batch, split, step, *rest), 0, 2)
     return out.reshape(batch, length, *rest)
 
 
-def _blocks(
-    q: Array,
-    keys: Array,
-    values: Array,
-    places: Array,
-    own: Array | None,
-    seen: Array | None,
-    lean: bool,
-) -> Array:
-    """Some queries in blocks of ``_BLOCK``, one after the other."""
-    batch, length, *rest = q.shape
-    run = jax.checkpoint(_block) if lean else _block
-    if length == _BLOCK:
-        return run(q, keys, values, places, own, seen)
-
-    def cut(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(batch, -1, _BLOCK, *x.shape[2:]), 1, 0)
-
-    out = jax.lax.map(
-        lambda x: run(x[0], keys, values, x[1], x[2], seen),
-        (cut(q), places.reshape(-1, _BLOCK), None if own is None else cut(own)),
-    )
-    return jnp.moveaxis(out, 0, 1).reshape(batch, length, *rest)
-
-
 def _block(
-    q: Array,
-    keys: Array,
-    values: Array,
-    places: Array,
-    own: Array | None,
-    seen: Array | None,
+    q: Array, places: Array, own: Array | None, *, keys: Array, values: Array, seen: Array | None
 ) -> Array:
     """Queries at ``places`` [Q] of segments ``own`` [B,Q] over keys of segments ``seen`` [B,S]."""
     mask = (places[:, None] >= jnp.arange(keys.shape[2])[None, :])[None]
@@ -282,9 +251,10 @@ def _splash_local(interpret: bool, q: Array, k: Array, v: Array, segment: Any = 
 
     _, heads, length, _ = q.shape
     size = next(n for n in (512, 256, _LANES) if length % n == 0)
-    kernel = library.make_splash_mha(
+    tiles: dict[str, Any] = dict.fromkeys(_TILES, size)
+    kernel: Any = library.make_splash_mha(
         library.MultiHeadMask([library.CausalMask((length, length))] * heads),
-        block_sizes=library.BlockSizes(*[size] * 8),
+        block_sizes=library.BlockSizes(**tiles),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
