@@ -24,13 +24,20 @@ def load(folder: str, **options: Any):
     return model, weights.read(Path(folder), model)
 
 
-def sft(turn: Turn, folder: str, data: dict[str, Any], batch: int, drop: int = 3) -> None:
+def sft(
+    turn: Turn,
+    folder: str,
+    data: dict[str, Any],
+    batch: int,
+    drop: int = 3,
+    check: bool = True,
+) -> None:
     """Supervised fine-tuning of the completions, one row per example; prompts skip the head."""
     from w2s_jax.objectives import language
 
     rows = world.rows(**_data(data))
     model, params = load(folder)
-    run = Run(turn, batch, drop, units=len(rows))
+    run = Run(turn, batch, drop, len(rows), check)
     run.train(language(model), params, model.axes, tables(rows))
 
 
@@ -42,11 +49,13 @@ def dpo(
     batch: int,
     live: bool,
     drop: int = 3,
+    check: bool = True,
     classes: int = 4,
 ) -> None:
     """Packed pairs with shared prompts, ``batch`` to a row and a row to an update.
 
-    ``live`` computes the reference in every step; else it is a column made once, whose seconds
+    Without ``reference`` it is the model itself, as it starts. ``live`` computes it in every
+    step; else it is a column made once, whose seconds
     are said in ``reference_cpu`` and ``reference_wall``.
     """
     from functools import partial
@@ -57,11 +66,11 @@ def dpo(
 
     pairs = world.pairs(**_data(data))
     model, params = load(folder)
-    _, frozen = load(reference)
+    frozen = load(reference)[1] if reference else params
     clock = Clock()
     texts = ([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected"))
     packed = pack_pairs(*texts, per_row=batch, classes=classes)
-    run = Run(turn, 1, drop, units=len(pairs), info=clock.said("pack"))
+    run = Run(turn, 1, drop, len(pairs), check, clock.said("pack"))
     if not live:
         packed, took = _referenced(model, frozen, packed)
         run.info |= took
@@ -82,6 +91,7 @@ def kd(
     batch: int,
     beta: float,
     drop: int = 3,
+    check: bool = True,
 ) -> None:
     """Distillation from a live teacher: forward KL at beta 0, reverse KL at 1, JSD between."""
     from functools import partial
@@ -93,7 +103,7 @@ def kd(
     model, params = load(folder)
     large, frozen = load(teacher)
     divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or partial(jsd, beta=beta)
-    run = Run(turn, batch, drop, units=len(rows))
+    run = Run(turn, batch, drop, len(rows), check)
     objective = distill(model, divergence, teacher=large)
     run.train(objective, params, model.axes, tables(rows), {"teacher": frozen})
 
@@ -147,15 +157,16 @@ def tables(rows: list[dict[str, list[int]]]) -> list[Any]:
 class Run:
     """``fit``, stopped after every epoch to wait for its turn.
 
-    ``batch`` rows make an update, ``drop`` updates at least come before the first turn (0 skips
-    the check of ``loss0`` too), ``units`` is the number of examples in the whole table. ``info``
-    is said with ``ready``.
+    ``batch`` rows make an update, ``drop`` updates at least come before the first turn, ``units``
+    is the number of examples in the whole table. ``info`` is said with ``ready``, and the mean
+    loss before the first update, ``loss0``, where ``check`` is set.
     """
 
     turn: Turn
     batch: int
     drop: int
     units: float
+    check: bool = True
     info: dict[str, float] = field(default_factory=dict)
 
     def train(
@@ -168,7 +179,7 @@ class Run:
         from w2s_jax.train.optim import Tune
 
         idle = memory("VmRSS")
-        if self.drop:
+        if self.check:
             self.info["loss0"] = loss(objective, params, tables, self.batch, frozen)
         epoch = sum(-(-len(table) // self.batch) for table in tables)
         begun = False
@@ -176,7 +187,7 @@ class Run:
         def gate(state: Any) -> dict[str, float]:
             nonlocal begun
             jax.block_until_ready(state.params)
-            if int(state.step) < max(self.drop, 1):
+            if int(state.step) < self.drop:
                 return {}
             if begun:
                 self.turn.done(units=self.units, steps=epoch)

@@ -21,21 +21,24 @@ def sft(
     batch: int,
     threads: int,
     drop: int = 3,
+    check: bool = True,
     **flags: Any,
 ) -> None:
     """TRL's SFTTrainer; ``flags`` go to SFTConfig (``loss_type``, ``padding_free``)."""
-    begin = _torch(threads)
+    begun = _torch(threads)
     from trl import SFTConfig, SFTTrainer
 
     rows = [_labelled(row) for row in world.rows(**_data(data))]
     flags = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, **flags}
+    model = _model(folder)
+    info = {"idle": memory("VmRSS")}
     trainer = SFTTrainer(
-        model=_model(folder),
+        model=model,
         args=SFTConfig(**_arguments(batch), **flags),
         train_dataset=_dataset(rows),
         processing_class=_tokenizer(data["vocab"]),
     )
-    _train(turn, trainer, batch, drop, _labels, begin=begin)
+    _train(turn, trainer, batch, drop, _labels, begun, check, info)
 
 
 def dpo(
@@ -46,6 +49,7 @@ def dpo(
     threads: int,
     reference: str = "",
     drop: int = 3,
+    check: bool = True,
     **flags: Any,
 ) -> None:
     """TRL's DPOTrainer; without ``reference`` the reference is the model itself, as it starts.
@@ -53,10 +57,11 @@ def dpo(
     ``flags`` go to DPOConfig (``precompute_ref_log_probs``); the seconds of that pass over the
     data are said in ``reference_cpu`` and ``reference_wall``.
     """
-    begin = _torch(threads)
+    begun = _torch(threads)
     from trl import DPOConfig, DPOTrainer
 
-    took: dict[str, float] = {}
+    model, other = _model(folder), _model(reference) if reference else None
+    info = {"idle": memory("VmRSS")}
 
     class Trainer(DPOTrainer):
         """Takes rows of token ids as they are, and times the reference pass."""
@@ -67,21 +72,25 @@ def dpo(
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any):
             wall, cpu = time.perf_counter(), time.process_time()
             out = super()._precompute_ref_logps(*args, **kwargs)
-            took["reference_wall"] = time.perf_counter() - wall
-            took["reference_cpu"] = time.process_time() - cpu
+            info["reference_wall"] = time.perf_counter() - wall
+            info["reference_cpu"] = time.process_time() - cpu
             return out
 
     pairs = world.pairs(**_data(data))
     trainer = Trainer(
-        model=_model(folder),
-        ref_model=_model(reference) if reference else None,
+        model=model,
+        ref_model=other,
         args=DPOConfig(
             **_arguments(batch), max_length=data["lengths"]["longest"], beta=world.BETA, **flags
         ),
         train_dataset=_dataset([{f"{k}_ids": ids for k, ids in pair.items()} for pair in pairs]),
         processing_class=_tokenizer(data["vocab"]),
     )
-    _train(turn, trainer, batch, drop, lambda inputs: len(inputs["input_ids"]) // 2, took, begin)
+
+    def count(inputs: Any) -> int:
+        return len(inputs["input_ids"]) // 2
+
+    _train(turn, trainer, batch, drop, count, begun, check, info)
 
 
 def gkd(
@@ -93,31 +102,34 @@ def gkd(
     threads: int,
     beta: float,
     drop: int = 3,
+    check: bool = True,
 ) -> None:
     """TRL's GKDTrainer off-policy (lmbda 0) at temperature 1, on the tokens of the data.
 
     Its beta 0 is KL(teacher, student), forward; 1 is KL(student, teacher), reverse; between them
     the mixture is beta teacher + (1 - beta) student.
     """
-    begin = _torch(threads)
+    begun = _torch(threads)
     from trl.experimental.gkd import GKDConfig, GKDTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     settings = {"lmbda": 0.0, "beta": beta, "temperature": 1.0, "seq_kd": False}
+    model, large = _model(folder), _model(teacher)
+    info = {"idle": memory("VmRSS")}
     trainer = GKDTrainer(
-        model=_model(folder),
-        teacher_model=_model(teacher),
+        model=model,
+        teacher_model=large,
         args=GKDConfig(**_arguments(batch), max_length=None, **settings),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=world.PAD),
         train_dataset=_dataset([_labelled(row) for row in world.rows(**_data(data))]),
         processing_class=_tokenizer(data["vocab"]),
     )
-    _train(turn, trainer, batch, drop, _labels, begin=begin)
+    _train(turn, trainer, batch, drop, _labels, begun, check, info)
 
 
-def _torch(threads: int) -> dict[str, float]:
-    """Threads, and the clock at the start."""
-    begin = {"begin": time.perf_counter()}
+def _torch(threads: int) -> float:
+    """Threads; returns the time at the start."""
+    begun = time.perf_counter()
     os.environ["WANDB_DISABLED"] = "true"
     import torch
     import transformers
@@ -125,7 +137,7 @@ def _torch(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    return begin
+    return begun
 
 
 def _data(data: dict[str, Any]) -> dict[str, Any]:
@@ -192,18 +204,18 @@ def _train(
     batch: int,
     drop: int,
     weigh: Callable[[Any], int],
-    info: dict[str, float] | None = None,
-    begin: dict[str, float] | None = None,
+    begun: float,
+    check: bool,
+    info: dict[str, float],
 ) -> None:
-    """Take turns at the ends of updates; ``drop`` updates come before the first turn.
+    """Take turns at the ends of updates; ``drop`` updates, at least 1, come before the first.
 
-    Says ``loss0``, the mean loss over the data at the first weights, ``idle`` (bytes of the
-    process before training) and ``first_step``, seconds from the start to the first update's end.
+    Says ``loss0``, the mean loss over the data at the first weights (if ``check``), and
+    ``first_step``, seconds from ``begun`` to the first update's end.
     """
     from transformers import TrainerCallback
 
-    idle = memory("VmRSS")
-    info = dict(info or {}) | ({"loss0": _loss(trainer, weigh)} if drop else {})
+    info = dict(info or {}) | ({"loss0": _loss(trainer, weigh)} if check else {})
 
     class Gate(TrainerCallback):
         """Stops between updates until the harness says how many more to do."""
@@ -212,12 +224,12 @@ def _train(
 
         def on_step_end(self, args, state, control, **_: Any) -> None:
             """Count, answer, wait."""
-            if state.global_step == 1 and begin:
-                info["first_step"] = time.perf_counter() - begin["begin"]
+            if state.global_step == 1:
+                info["first_step"] = time.perf_counter() - begun
             if self.left is None:
-                if state.global_step < max(drop, 1):
+                if state.global_step < drop:
                     return
-                turn.ready(**info, idle=idle)
+                turn.ready(**info)
             else:
                 self.left -= 1
                 if self.left:

@@ -111,7 +111,8 @@ def several(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     worst = min(known, key=lambda case: known[case]["ratio"]) if known else next(iter(reports))
     lead = reports[worst]
     shared = {k: v for k, v in lead.items() if k not in ("sides", "ratio", "spread")}
-    cases = {case: {k: r[k] for k in ("ratio", "spread", "sides")} for case, r in reports.items()}
+    kept = ("ratio", "spread", "share", "sides")
+    cases = {case: {k: r[k] for k in kept if k in r} for case, r in reports.items()}
     return shared | {k: lead[k] for k in ("ratio", "spread")} | {"case": worst, "cases": cases}
 
 

@@ -21,7 +21,8 @@ class Turn:
 
     def ready(self, **info: Any) -> None:
         """All that is not timed is done; ``info`` (numbers, text) goes to the report."""
-        self._say(info | {"setup_cpu": time.process_time(), "rss": memory("VmRSS")})
+        held = {"rss": memory("VmRSS"), "peak": memory("VmHWM")}
+        self._say({"setup_cpu": time.process_time()} | held | info)
 
     def wait(self) -> int | None:
         """Sleep until it is this side's turn: the number of steps to do, None at the end."""
