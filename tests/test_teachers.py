@@ -18,6 +18,7 @@ from w2s_jax.columns import add_teacher
 from w2s_jax.data import teachers
 from w2s_jax.data.shards import Shards
 from w2s_jax.errors import UserError
+from w2s_jax.losses import distillation as divergences
 from w2s_jax.models.transformer import decode
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.types import Table
@@ -278,3 +279,26 @@ def test_the_digest_of_a_table_does_not_read_the_column(tmp_path, monkeypatch) -
     name = table.digest()
     monkeypatch.setattr(teachers.Column, "__getitem__", never)
     assert table.digest() == name != world.padded_table().digest()
+
+
+@pytest.mark.parametrize("k", [1, 4, V])
+def test_the_gradient_of_the_stored_divergence_is_that_of_its_formula(k) -> None:
+    student, other = (3 * jax.random.normal(jax.random.key(i), (2, 3, V)) for i in (0, 1))
+    logps = jax.nn.log_softmax(other)
+    best, ids = jax.lax.top_k(logps, k)
+    tail = jnp.clip(1 - jnp.exp(best).sum(-1), 0, 1) * (k < V)
+    weights = jnp.arange(6.0).reshape(2, 3)
+
+    def formula(student):
+        mine = jnp.take_along_axis(jax.nn.log_softmax(student), ids, -1)
+        rest = 1 - jnp.exp(mine).sum(-1)
+        of_tail = tail * jnp.log(tail / rest) if k < V else 0
+        return (weights * ((jnp.exp(best) * (best - mine)).sum(-1) + of_tail)).sum()
+
+    def ours(student):
+        said = {"ids": ids, "logits": best, "tail": tail}
+        return (weights * divergences.top_k(student, said)).sum()
+
+    np.testing.assert_allclose(ours(student), formula(student), rtol=1e-5)
+    found, want = jax.grad(ours)(student), jax.grad(formula)(student)
+    np.testing.assert_allclose(found, want, atol=1e-5)

@@ -35,24 +35,48 @@ def jsd(student: Array, teacher: Array, *, beta: float, temperature: float = 1.0
     return beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
 
 
+@jax.custom_vjp
 def top_k(student: Array, teacher: dict[str, Array]) -> Array:
     """Forward KL to a teacher of which the K most likely tokens are stored.
 
     Args:
       teacher: ``ids`` [..., K], ``logits`` [..., K] log-probabilities in nats and ``tail`` [...],
-        the probability of all other tokens.
+        the probability of all other tokens. No gradient reaches it.
 
     The other tokens are one event on both sides, so this is a lower bound of the full divergence
-    (data processing inequality), exact when the tail is 0 or has the student's proportions.
+    (data processing inequality), exact when the tail is 0 or has the student's proportions. Its
+    gradient is one pass over the vocabulary and a scatter of K numbers.
     """
-    logps = _logps(student, 1.0)
-    mine = jnp.take_along_axis(logps, teacher["ids"], axis=-1)
+    return _top_k_forward(student, teacher)[0]
+
+
+def _top_k_forward(student: Array, teacher: dict[str, Array]) -> tuple[Array, tuple[Array, ...]]:
+    logits, ids = student.astype(jnp.float32), teacher["ids"]
+    total = jax.nn.logsumexp(logits, axis=-1)
+    mine = jnp.take_along_axis(logits, ids, axis=-1) - total[..., None]
     theirs = teacher["logits"].astype(jnp.float32)
     tail = teacher["tail"].astype(jnp.float32)
-    kept = jnp.clip(jnp.exp(mine).sum(-1), 0.0, 1.0 - 1e-6)
-    rest = jnp.where(tail > 0, tail, 1.0)
-    other = jnp.where(tail > 0, tail * (jnp.log(rest) - jnp.log1p(-kept)), 0.0)
-    return (jnp.exp(theirs) * (theirs - mine)).sum(-1) + other
+    p, q = jnp.exp(theirs), jnp.exp(mine)
+    room = 1.0 - q.sum(-1)
+    counts = (tail > 0) & (room > 1e-6)  # the student's tail is too small to have a gradient
+    room, safe = jnp.maximum(room, 1e-6), jnp.where(tail > 0, tail, 1.0)
+    other = jnp.where(tail > 0, tail * (jnp.log(safe) - jnp.log(room)), 0.0)
+    pull = jnp.where(counts, tail / room, 0.0)  # what the student's tail lacks, per probability
+    return (p * (theirs - mine)).sum(-1) + other, (student, total, ids, p, q, pull)
+
+
+def _top_k_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, None]:
+    student, total, ids, p, q, pull = saved
+    width = student.shape[-1]
+    shared = grad * (p.sum(-1) - pull * q.sum(-1))
+    wide = shared[..., None] * jnp.exp(student.astype(jnp.float32) - total[..., None])
+    own = grad[..., None] * (pull[..., None] * q - p)
+    rows, ids = wide.reshape(-1, width), ids.reshape(-1, ids.shape[-1])
+    rows = rows.at[jnp.arange(len(rows))[:, None], ids].add(own.reshape(ids.shape))
+    return rows.reshape(wide.shape).astype(student.dtype), None
+
+
+top_k.defvjp(_top_k_forward, _top_k_backward)
 
 
 def _logps(logits: Array, temperature: float) -> Array:
