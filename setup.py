@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TORCH = ["torch==2.13.0", "transformers>=5.0", "sentencepiece>=0.2"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX", "openai"]
 
 setup(
     name="w2s_jax",

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -330,8 +329,9 @@ def accuracies(
 
 def card(folder: Path, cfg: Config, architecture: Architecture, about: Row, measured: dict) -> None:
     """Write the model card: how it was made, what it weighs, what it can do."""
+    one = dict(rungs=(str(about["rung"]),), first=int(about["seed"]))
     facts = {
-        "command": command(cfg, str(about["rung"]), int(about["seed"])),
+        "command": cli.again("pretrain_nano", replace(cfg, **one, seeds=1, out=None)),
         "seed": about["seed"],
         "tokens": about["tokens"],
         "share of the run": about["share"],
@@ -355,17 +355,6 @@ def card(folder: Path, cfg: Config, architecture: Architecture, about: Row, meas
     (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf8")
 
 
-def command(cfg: Config, rung: str, seed: int) -> str:
-    """What makes one rung again: the flags that are not at their defaults."""
-    words = ["python", "-m", "experiments.pretrain_nano", "--rungs", rung, "--first", str(seed)]
-    for field in fields(Config):
-        value = getattr(cfg, field.name)
-        if field.name not in ("rungs", "first", "seeds", "out") and value != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name}", *(str(item) for item in values)]
-    return shlex.join(words)
-
-
 def _accuracy_lines(measured: dict[int, dict[str, float]]) -> list[str]:
     if not measured:
         return []
@@ -387,18 +376,10 @@ def final(rows: list[Row]) -> list[Row]:
         total = sum(float(r["count"]) for r in mine)
         right = sum(float(r["accuracy"]) * float(r["count"]) for r in mine)
         bounds = wilson(round(right), round(total))
-        means.append(
-            dict(
-                rung=rung,
-                seed=seed,
-                params=mine[0]["params"],
-                tokens=mine[0]["tokens"],
-                accuracy=right / total,
-                low=bounds.low,
-                high=bounds.high,
-                **{f"{r['steps']} steps": r["accuracy"] for r in mine},
-            )
-        )
+        mean = dict(accuracy=right / total, low=bounds.low, high=bounds.high)
+        mean |= {f"{r['steps']} steps": r["accuracy"] for r in mine}
+        about = {name: mine[0][name] for name in ("params", "tokens")}
+        means.append(dict(rung=rung, seed=seed) | about | mean)
     return means
 
 
@@ -423,15 +404,9 @@ def claims(rows: list[Row]) -> list[dict]:
         found = wilson(*solved(mine))
         bound = {"above": 0.9} if steps <= 3 else {"below": 1.0}
         word = "strong (above .9)" if steps <= 3 else "imperfect (below 1)"
-        made.append(
-            claim(
-                f"{rungs[-1]} {word} on {steps} steps",
-                "accuracy over problems and seeds, Wilson",
-                found,
-                seeds=len(mine),
-                **bound,
-            )
-        )
+        words = "accuracy over problems and seeds, Wilson"
+        name = f"{rungs[-1]} {word} on {steps} steps"
+        made.append(claim(name, words, found, seeds=len(mine), **bound))
     return made
 
 

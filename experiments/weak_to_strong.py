@@ -37,7 +37,6 @@ from w2s_jax.losses.classification import (
     ref_schedule,
     soft_xent,
 )
-from w2s_jax.metrics.gap import median_pgr
 from w2s_jax.metrics.statistics import claim, interval, median_interval, paired_bootstrap
 from w2s_jax.models.shapes import shape
 from w2s_jax.models.transformer import params_count
@@ -45,7 +44,7 @@ from w2s_jax.pipelines import weak_to_strong as w2s
 from w2s_jax.pipelines import weak_to_strong_blocks as blocks
 from w2s_jax.pipelines.study import Study
 from w2s_jax.pipelines.weak_to_strong import Side
-from w2s_jax.pipelines.weak_to_strong_rows import logged
+from w2s_jax.pipelines.weak_to_strong_rows import logged, summary
 from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
@@ -322,24 +321,6 @@ def claims(rows: list[Row]) -> list[dict]:
                   if r["block"] == "features" and r["method"] == kind]  # fmt: skip
         add(f"student above weak, {kind} head", values, above=0)
     return made
-
-
-def summary(rows: list[Row]) -> list[Row]:
-    """Per block, pair, loss and setting: accuracies (means over seeds) and the PGR of the means."""
-    groups: dict[tuple, list[Row]] = {}
-    for r in rows:
-        if "student_accuracy" in r:
-            setting = r.get("method", r.get("labels", ""))
-            key = (r["block"], setting, Path(r["weak"]).name, Path(r["student"]).name, r["loss"])
-            groups.setdefault(key, []).append(r)
-    table = []
-    for key, mine in groups.items():
-        names = dict(zip(("block", "setting", "weak", "student", "loss"), key, strict=True))
-        roles = ("weak_accuracy", "student_accuracy", "ceiling_accuracy")
-        mean = {role: float(np.mean([r[role] for r in mine])) for role in roles}
-        found = median_pgr(*([v] for v in mean.values()))
-        table.append({**names, **mean, "pgr": found.value, "seeds": len(mine)})
-    return table
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:

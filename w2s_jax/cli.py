@@ -319,6 +319,17 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
+def again(paper: str, cfg: Any) -> str:
+    """The command of a config: its flags that are not at their defaults."""
+    words = ["python", "-m", f"experiments.{paper}"]
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name}", *(str(item) for item in values)]
+    return shlex.join(words)
+
+
 def _fail(line: str) -> NoReturn:
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)

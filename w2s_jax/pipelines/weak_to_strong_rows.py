@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from w2s_jax.metrics.classification import accuracy, auroc, brier, ece, reliability
-from w2s_jax.metrics.gap import agreement, agreement_on_errors, pgr
+from w2s_jax.metrics.gap import agreement, agreement_on_errors, median_pgr, pgr
 from w2s_jax.pipelines.weak_to_strong import Learned, Side
 from w2s_jax.train.log import Log
 from w2s_jax.types import Row
@@ -127,3 +127,21 @@ def logged(rows: Iterable[Row], workdir: Path, track: Sequence[str]) -> Iterator
     with contextlib.closing(Log(workdir, track)) as log:
         for step in sorted(lines):
             log.write(step, lines[step])
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Per block, pair, loss and setting: accuracies (means over seeds) and the PGR of the means."""
+    groups: dict[tuple, list[Row]] = {}
+    for r in rows:
+        if "student_accuracy" in r:
+            setting = r.get("method", r.get("labels", ""))
+            key = (r["block"], setting, Path(r["weak"]).name, Path(r["student"]).name, r["loss"])
+            groups.setdefault(key, []).append(r)
+    table = []
+    for key, mine in groups.items():
+        names = dict(zip(("block", "setting", "weak", "student", "loss"), key, strict=True))
+        roles = ("weak_accuracy", "student_accuracy", "ceiling_accuracy")
+        mean = {role: float(np.mean([r[role] for r in mine])) for role in roles}
+        found = median_pgr(*([v] for v in mean.values()))
+        table.append({**names, **mean, "pgr": found.value, "seeds": len(mine)})
+    return table
