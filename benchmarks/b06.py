@@ -8,19 +8,35 @@ from typing import Any
 
 from benchmarks import world
 from benchmarks.harness import Settings, Side, alternate
-from benchmarks.ours import Clock, Run, load, loss, tables
+from benchmarks.ours import Clock, Run, load, loss
 from benchmarks.peer import NEEDS
 from benchmarks.report import report
 from benchmarks.turn import Turn
 
-TIMES = 4  # the teacher's size over the student's
+TIMES = 4  # most weights of the teacher over the student's
 TOP = 32
+
+
+def weights(shape: world.Shape) -> int:
+    """Numbers in the matrices of a model."""
+    attention = 2 * shape.width**2 * (1 + shape.kv_heads / shape.heads)
+    return round(
+        shape.layers * (attention + 3 * shape.width * shape.ffn) + shape.vocab * shape.width
+    )
+
+
+def larger(shape: world.Shape) -> world.Shape:
+    """The widest model of as many layers with at most ``TIMES`` times the weights."""
+    factors = (shape.times(factor / 16) for factor in range(16, 16 * TIMES**2 + 1))
+    wider = (made for made in factors if made.width >= shape.width)
+    fits = [made for made in wider if weights(made) <= TIMES * weights(shape)]
+    return max(fits, key=weights)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Forward KL on the same tokens; the teacher's one pass over them is reported, not charged."""
     shape, task = world.shape(settings), world.task(settings)
-    large = shape.times(TIMES)
+    large = larger(shape)
     with world.exported(shape, "student") as (small,), world.exported(large, "teacher") as (big,):
         common = {"folder": small, "teacher": big} | task.options()
         theirs = common | {"beta": 0.0, "threads": settings.threads}
@@ -35,6 +51,7 @@ def run(settings: Settings) -> dict[str, Any]:
             result.info["loss0_top"] = result.info.pop("loss0")
             result.info["loss0"] = result.info.pop("whole0")
     facts = task.facts(shape) | {"teacher": vars(large), "top": TOP}
+    facts |= {"teacher_over_student": round(weights(large) / weights(shape), 2)}
     return report("B6", results, settings, unit="rows", agree={"loss0": 1e-3}, **facts)
 
 
@@ -48,6 +65,7 @@ def stored(
     drop: int = 3,
 ) -> None:
     """Our side: the teacher runs once over the data, then ``fit`` reads its column from disk.
+    The ``batch`` examples of an update are packed into one row.
 
     Says the seconds of that pass (``teacher_cpu``, ``teacher_wall``), the bytes per prediction,
     and ``whole0``, the divergence from the whole teacher before the first update.
@@ -59,9 +77,9 @@ def stored(
     rows = world.rows(**data | {"lengths": world.Lengths(**data["lengths"])})
     model, params = load(folder)
     large, frozen = load(teacher)
-    parts = tables(rows)
+    parts = [packed(rows, batch)]
     whole = distill(model, forward_kl, teacher=large)
-    info = {"whole0": loss(whole, params, parts, batch, {"teacher": frozen})}
+    info = {"whole0": loss(whole, params, parts, 1, {"teacher": frozen})}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
         for name in ("compiles", "counts"):
             clock = Clock()
@@ -71,5 +89,30 @@ def stored(
         predictions = sum(int((part["targets"]["mask"] > 0).sum()) for part in parts)
         info["bytes_per_prediction"] = size / predictions
         del frozen
-        run = Run(turn, batch, drop, units=len(rows), info=info)
-        run.train(distill(model, top_k), params, model.axes, made)
+        run = Run(turn, 1, drop, units=len(rows), info=info)
+        run.train(distill(model, top_k), params, model, made)
+
+
+def packed(rows: list[dict[str, list[int]]], batch: int, multiple: int = 32):
+    """``batch`` whole examples to a row, long ones beside short ones; completions are trained."""
+    import numpy as np
+
+    from w2s_jax.data.packing import with_rows, with_targets
+    from w2s_jax.types import Table
+
+    ordered = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["completion"]))
+    count = len(rows) // batch
+    layers = [ordered[i * count : (i + 1) * count][:: 1 - 2 * (i % 2)] for i in range(batch)]
+    lines = [[layer[i] for layer in layers] for i in range(count)]
+    sizes = [[len(row["prompt"]) + len(row["completion"]) for row in line] for line in lines]
+    shape = (count, -(-max(map(sum, sizes)) // multiple) * multiple)
+    columns = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment", "position")}
+    mask = np.zeros(shape, np.float32)
+    for i, line in enumerate(lines):
+        for j, row in enumerate(line):
+            begin, end = sum(sizes[i][:j]), sum(sizes[i][: j + 1])
+            columns["tokens"][i, begin:end] = row["prompt"] + row["completion"]
+            columns["segment"][i, begin:end] = j + 1
+            columns["position"][i, begin:end] = np.arange(end - begin)
+            mask[i, begin + len(row["prompt"]) : end] = 1
+    return with_rows(with_targets(Table({**columns, "mask": mask})))
