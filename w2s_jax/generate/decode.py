@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from w2s_jax.generate.choose import choose
+from w2s_jax.generate.choose import BLOCK, choose
 from w2s_jax.models.cache import Cache, empty_cache, place, settle
 from w2s_jax.models.config import Config
 from w2s_jax.models.lora import Adapted, merge
@@ -80,26 +80,33 @@ def prepare(model: Model, params: Params) -> tuple[Model, Params]:
     """A model and parameters as the loop wants them: adapters merged, each layer by itself,
     matrices in the compute dtype (in which they are used anyway)."""
     if isinstance(model, Adapted):
-        model, params = model.base, jax.jit(partial(merge, model))(params)
+        model, params = model.base, _merged(model)(params)
     config = model.config
     if not (isinstance(config, Config) and isinstance(params, dict) and "layers" in params):
         return model, jax.tree.map(jnp.asarray, params)
+    rest = {name: _cast(config, leaf, 2) for name, leaf in params.items() if name != "layers"}
+    return model, {**rest, "layers": _split(config, params["layers"])}
 
-    def cast(leaf: Any, rank: int) -> Array:
-        return jnp.asarray(leaf, config.dtype if leaf.ndim >= rank else None)
 
-    rest = {name: cast(leaf, 2) for name, leaf in params.items() if name != "layers"}
+def _cast(config: Config, leaf: Any, rank: int) -> Array:
+    """Arrays of ``rank`` axes or more in the compute dtype, others as they are."""
+    return jnp.asarray(leaf, config.dtype if leaf.ndim >= rank else None)
 
-    @jax.jit
-    def split(layers: Tree) -> tuple[Tree, ...]:
-        return unstacked(jax.tree.map(lambda leaf: cast(leaf, 3), layers), config.layers)
 
-    return model, {**rest, "layers": split(params["layers"])}
+@partial(jax.jit, static_argnums=0)
+def _split(config: Config, layers: Tree) -> tuple[Tree, ...]:
+    return unstacked(jax.tree.map(lambda leaf: _cast(config, leaf, 3), layers), config.layers)
+
+
+@lru_cache(maxsize=8)
+def _merged(model: Adapted) -> Callable[[Params], Params]:
+    return jax.jit(partial(merge, model))
 
 
 @lru_cache(maxsize=32)
-def programs(model: Model, vocab: int, every: int) -> Programs:
-    """The programs of a model that draws among ``vocab`` tokens, at most ``every`` a call."""
+def programs(model: Model, vocab: int, every: int, score: bool) -> Programs:
+    """The programs of a model that draws among ``vocab`` tokens, at most ``every`` a call, with
+    log-probabilities (else 0) if ``score``."""
     config = model.config
 
     @jax.jit
@@ -126,28 +133,30 @@ def programs(model: Model, vocab: int, every: int) -> Programs:
 
     @partial(jax.jit, donate_argnums=1)
     def advance(params, lanes, who, key, numbers, stop, limits) -> tuple[Lanes, Drawn]:
-        return _advance(model, vocab, every, params, lanes, who, key, numbers, stop, limits)
+        says = _head(model, params, vocab)
+        rule = partial(choose, numbers=numbers, score=score)
+        return _advance(model, says, rule, every, params, lanes, who, key, stop, limits)
 
     return Programs(begin, empty, enter, move, advance)
 
 
 def _advance(
     model: Model,
-    vocab: int,
+    says: Callable[[Array], Array],
+    rule: Callable[..., tuple[Array, Array, Array]],
     every: int,
     params: Params,
     lanes: Lanes,
     who: Who,
     key: Array,
-    numbers: dict[str, Array],
     stop: Array,
     limits: dict[str, Array],
 ) -> tuple[Lanes, Drawn]:
     """Draw until ``limits["steps"]`` steps are done, ``limits["enough"]`` rows have ended, or all.
 
-    ``limits["tokens"]`` is how many a row may have altogether; ``stop`` [n] the ids that end one.
+    ``says`` gives logits from hidden states, ``rule`` draws from them with keys;
+    ``limits["tokens"]`` is how many a row may have altogether, ``stop`` [n] the ids that end one.
     """
-    head = _head(model, params)[:, :vocab]
     keys = jax.vmap(lambda row, one: jax.random.fold_in(jax.random.fold_in(key, row), one))(
         who.row, who.sample
     )
@@ -160,19 +169,17 @@ def _advance(
 
     def step(carry: tuple[Lanes, Drawn]) -> tuple[Lanes, Drawn]:
         lanes, drawn = carry
-        logits = jnp.einsum("bd,dv->bv", lanes.hidden, head, preferred_element_type=jnp.float32)
-        now = jax.vmap(jax.random.fold_in)(keys, drawn.count) if numbers else keys
-        ids, logps, usable = choose(logits, now, numbers)
+        now = jax.vmap(jax.random.fold_in)(keys, drawn.count)
+        ids, logps, usable = rule(says(lanes.hidden), now)
         drawn = _note(drawn, ids, logps, usable, stop, limits["tokens"])
         segment = drawn.alive.astype(jnp.int32)[:, None]
         output = model.apply(params, ids[:, None], segment=segment, cache=lanes.cache)
         return Lanes(output.cache, output.hidden[:, 0]), drawn
 
     rows = who.alive.shape[0]
-    blank = jnp.full((rows, every), -1, jnp.int32)
     none = jnp.zeros(rows, bool)
     drawn = Drawn(
-        ids=blank,
+        ids=jnp.full((rows, every), -1, jnp.int32),
         logps=jnp.zeros((rows, every), jnp.float32),
         count=who.count,
         alive=who.alive,
@@ -183,10 +190,26 @@ def _advance(
     return jax.lax.while_loop(goes_on, step, (lanes, drawn))
 
 
-def _head(model: Model, params: Params) -> Array:
-    """The matrix [D,V] to the vocabulary; of this pass nothing else is ever computed."""
+def _head(model: Model, params: Params, vocab: int) -> Callable[[Array], Array]:
+    """Logits [V,B] of hidden states [B,D]; V is ``vocab`` rounded up to whole blocks, -inf there.
+
+    Of the pass that asks the model for its matrix nothing else is ever computed. The matrix is
+    [V,D] in memory, whatever the model keeps: on a CPU 2.6 ms instead of 3.6 or 4.4 (B 32, D 256).
+    """
     cache = empty_cache(model.config, 1, 1)
-    return model.apply(params, jnp.zeros((1, 1), jnp.int32), cache=cache).unembed
+    head = model.apply(params, jnp.zeros((1, 1), jnp.int32), cache=cache).unembed.T
+    size = -(-vocab // BLOCK) * BLOCK
+    head = jnp.pad(head[:size], ((0, max(0, size - head.shape[0])), (0, 0)))
+    head = jax.lax.optimization_barrier(head)  # or the product would use it as it was kept
+
+    def says(hidden: Array) -> Array:
+        logits = jnp.einsum("vd,bd->vb", head, hidden, preferred_element_type=jnp.float32)
+        if size == vocab:
+            return logits
+        real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) < vocab
+        return jnp.where(real, logits, -jnp.inf)
+
+    return says
 
 
 def _note(

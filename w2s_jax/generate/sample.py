@@ -36,6 +36,7 @@ def draw(
     vocab: int | None = None,
     batch: int = 128,
     every: int = 32,
+    logps: bool = True,
     over: Callable[[list[int]], bool] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[list[Row]]:
@@ -54,6 +55,7 @@ def draw(
       vocab: ids from here on are padding rows of the vocabulary and never drawn.
       batch: rows that are continued at once.
       every: tokens between two looks of the host, which takes out what has ended.
+      logps: whether log-probabilities are wanted; without, they are 0.
       over: at each look, whether a row's ids hold its end; what follows the end is the caller's
         to cut.
       mesh: the devices over which ``params`` are spread.
@@ -86,7 +88,7 @@ def draw(
     )
     with rules_context(mesh):
         model, params = prepare(model, params)
-        return slots.run(task, programs(model, real, task.every), params, key)
+        return slots.run(task, programs(model, real, task.every, logps), params, key)
 
 
 def _check(prompts: Sequence[Sequence[int]], counts: dict[str, int], most: int, vocab: int) -> None:
@@ -116,7 +118,7 @@ def sample(
     model: Model, params: Params, prompts: Sequence[Sequence[int]], key: Array, **how: Any
 ) -> list[list[int]]:
     """The new token ids of each prompt's one continuation; arguments and errors as in ``draw``."""
-    return [rows[0].ids for rows in draw(model, params, prompts, key, **how)]
+    return [rows[0].ids for rows in draw(model, params, prompts, key, logps=False, **how)]
 
 
 def complete(
