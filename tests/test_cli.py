@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -241,6 +242,35 @@ def test_bad_flags_are_one_line(folder, capsys, argv, words) -> None:
     said = refused(capsys, "--workdir", folder, *argv)
     assert all(word in said for word in words), said
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_plan_runs_nothing_and_its_verdict_is_the_exit_code(folder, monkeypatch, code) -> None:
+    from w2s_jax.train import plan
+
+    asked = []
+    monkeypatch.setattr(plan, "report", lambda *args: asked.append(args) or code)
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, os.environ[name])  # put back afterwards
+    words = {"presets": {}, "paper": "toy", "minutes": 1, "plan": lambda cfg: ("draft", cfg.seeds)}
+    argv = ["--workdir", str(folder), "--seeds", "4", "--plan", "cpu:8", "--mesh", "fsdp=8"]
+    try:
+        cli.main(Config, run, figures=figures, claims=claims, **words, argv=argv)
+        found = 0
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert asked == [(("draft", 4), "cpu:8", "fsdp=8")]
+    assert not folder.exists() and MADE == []
+
+
+def test_a_plan_for_no_known_topology_is_one_line(folder, capsys) -> None:
+    words = {"presets": {}, "paper": "toy", "minutes": 1, "plan": lambda cfg: None}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, run, figures=figures, claims=claims, **words, argv=["--plan", "v9:2x2"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: topology 'v9:2x2' is unknown")
 
 
 @pytest.mark.parametrize(
