@@ -14,12 +14,13 @@ from w2s_jax.mesh import make_mesh, shardings
 @pytest.mark.parametrize(
     "spec, shape",
     [
-        (None, (8, 1, 1)),
-        ("", (8, 1, 1)),
-        ("fsdp=2", (4, 2, 1)),
-        ("data=2,fsdp=2,tensor=2", (2, 2, 2)),
-        ("data=2, fsdp=-1", (2, 4, 1)),
-        ("tensor=8", (1, 1, 8)),
+        (None, (8, 1, 1, 1)),
+        ("", (8, 1, 1, 1)),
+        ("fsdp=2", (4, 2, 1, 1)),
+        ("data=2,fsdp=2,tensor=2", (2, 2, 2, 1)),
+        ("data=2, fsdp=-1", (2, 4, 1, 1)),
+        ("tensor=8", (1, 1, 8, 1)),
+        ("tensor=2,context=2", (2, 1, 2, 2)),
     ],
 )
 def test_make_mesh(spec, shape):
@@ -145,3 +146,58 @@ def test_compilation_cache_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="compilation cache"):
         meshes.compilation_cache(tmp_path / "file" / "xla")
+
+
+def _language(kind):
+    """A decoder, a batch of each kind (plain, with segments, with attention rows), its loss."""
+    from w2s_jax.models.transformer import Config, transformer
+    from w2s_jax.objectives import language
+    from w2s_jax.types import State
+
+    config = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, max_length=16, scan=True)
+    model = transformer(config)
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 32)
+    batch = {"tokens": tokens, "mask": jnp.ones((4, 16)).at[:, 0].set(0.0)}
+    places = jnp.arange(16, dtype=jnp.int32)
+    if kind == "segment":
+        batch["segment"] = jnp.repeat(jnp.array([[1, 2, 2, 0]]), 4, axis=1).repeat(4, 0)
+    if kind == "rows":
+        take = jnp.stack([places[:8], places[8:]])[None].repeat(4, 0)
+        batch["rows"] = {"take": take, "back": places[None, :, None].repeat(4, 0)}
+    state = State(jnp.int32(0), jnp.int32(1), None, ())
+    objective = language(model)
+
+    def loss(params, batch):
+        total, weight, _ = objective(params, state, batch, jax.random.key(2))
+        return total / weight
+
+    return model, params, batch, loss
+
+
+@pytest.mark.parametrize("kind", ["plain", "segment", "rows"])
+def test_context_axis_gives_the_single_device_gradient(kind):
+    model, params, batch, loss = _language(kind)
+    want = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = make_mesh("data=2,tensor=2,context=2")
+    with meshes.rules_context(mesh):
+        weights = jax.device_put(params, shardings(model.axes, mesh, params))
+        placed = jax.device_put(batch, meshes.batch_sharding(mesh))
+        got = jax.jit(jax.value_and_grad(loss))(weights, placed)
+    assert float(abs(got[0] - want[0])) < 1e-5
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got[1], want[1]
+    )
+
+
+def test_context_axis_splits_the_rows_of_every_activation():
+    model, params, batch, _ = _language("segment")
+    mesh = make_mesh("context=8")
+    with meshes.rules_context(mesh):
+        hidden = jax.jit(lambda p, b: model.apply(p, b["tokens"], segment=b["segment"]).hidden)
+        compiled = hidden.lower(params, batch).compile()
+        text = compiled.as_text()
+        assert hidden(params, batch).addressable_shards[0].data.shape == (4, 2, 16)
+    # 4 rows x 16 tokens x the width of the feed-forward (48) never whole on one device
+    assert "f32[4,2,48]" in text and "f32[4,16,48]" not in text and "f32[64,48]" not in text
+    assert "f32[4,4,2,16]" in text  # scores of own queries over all keys, per head

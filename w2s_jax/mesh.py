@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from w2s_jax.errors import UserError
 from w2s_jax.types import Tree
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
 # Logical name -> mesh axes. Weights and activations have different names: an activation's batch
@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
     ("classes", None),
     # activations
     ("batch", BATCH_AXES),
-    ("length", None),
+    ("length", ("context",)),
     ("act_embed", None),
     ("act_heads", ("tensor",)),
     ("act_ffn", ("tensor",)),
@@ -49,10 +49,12 @@ RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
 
 
 def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor from ``"data=2,fsdp=4,tensor=1"``.
+    """A mesh with axes data, fsdp, tensor, context from ``"data=2,fsdp=4,tensor=1"``.
 
-    An axis left out is 1, except data, which takes the devices that are left; ``-1`` asks for that
-    by name. ``devices`` defaults to all devices of all processes.
+    Context splits long rows: every token-wise product runs on a stretch of the row, and each
+    device attends from its stretch to the keys and values of the whole row. An axis left out is
+    1, except data, which takes the devices that are left; ``-1`` asks for that by name.
+    ``devices`` defaults to all devices of all processes.
 
     Raises:
       UserError: an unknown or repeated axis, a size that is no number, sizes that do not multiply

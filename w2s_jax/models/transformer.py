@@ -21,8 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.errors import UserError
 from w2s_jax.models.attention import mix, plan, rope_angles, rotate
-from w2s_jax.models.backends import attend
-from w2s_jax.models.cache import Cache, init_cache
+from w2s_jax.models.backends import attend, ways
+from w2s_jax.models.cache import Cache, extend, init_cache
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
 from w2s_jax.models.remat import policy
 from w2s_jax.types import Array, Model, Output, Params, Tree
@@ -255,16 +255,13 @@ class Block(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q = _constrain(q, "batch", "length", "act_heads", None)
-        k, v = (_constrain(y, "batch", "length", "act_heads", None) for y in (k, v))
+        k, v = (_constrain(y, "batch", None, "act_heads", None) for y in (k, v))  # whole rows
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         if pair is None:
             y = mix(config.attention, q, k, v, scope)
         else:
-            keys, values, index = pair
-            at = (0, 0, index, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(1, 2).astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2).astype(values.dtype), at)
-            y, pair = attend(q, keys, values, scope.mask), (keys, values)
+            pair = extend(*pair, k, v)
+            y = attend(q, pair[0].swapaxes(2, 3), pair[1], scope.mask)
         y = checkpoint_name(y.reshape(batch, length, -1), "attention")
         depth = (2 * config.layers) ** -0.5
         return _linear(
@@ -295,7 +292,8 @@ def _linear(module, x, name, size, source, target, biased=False, scale=1.0):
     init = nn.initializers.normal(scale * width**-0.5)
     weight = _param(module, name, init, (width, size), source, target).astype(x.dtype)
     # Rows flattened: the weight gradient is then one product without a transposed copy (CPU: 1.2x)
-    rows = x.reshape(-1, width)
+    # unless rows are split over devices, which flattening would undo
+    rows = x if ways("length") > 1 else x.reshape(-1, width)
     y = rows @ weight
     if module.has_variable("params", f"{name}_a"):
         a, b = (module.get_variable("params", f"{name}_{side}").astype(x.dtype) for side in "ab")
