@@ -31,14 +31,15 @@ def sft(
     batch: int,
     drop: int = 3,
     check: bool = True,
+    out: str = "",
 ) -> None:
     """Supervised fine-tuning of the completions, one row per example; prompts skip the head."""
     from w2s_jax.objectives import language
 
     rows = world.rows(**_data(data))
     model, params = load(folder)
-    run = Run(turn, batch, drop, len(rows), check)
-    run.train(language(model), params, model.axes, tables(rows))
+    run = Run(turn, batch, drop, len(rows), check, out)
+    run.train(language(model), params, model, tables(rows))
 
 
 def dpo(
@@ -50,7 +51,9 @@ def dpo(
     live: bool,
     drop: int = 3,
     check: bool = True,
+    out: str = "",
     classes: int = 4,
+    length_mean: bool = False,
 ) -> None:
     """Packed pairs with shared prompts, ``batch`` to a row and a row to an update.
 
@@ -70,17 +73,17 @@ def dpo(
     clock = Clock()
     texts = ([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected"))
     packed = pack_pairs(*texts, per_row=batch, classes=classes)
-    run = Run(turn, 1, drop, len(pairs), check, clock.said("pack"))
+    run = Run(turn, 1, drop, len(pairs), check, out, clock.said("pack"))
     if not live:
         packed, took = _referenced(model, frozen, packed)
         run.info |= took
     objective = prefer(
         model,
         partial(loss, beta=world.BETA),
-        length_mean=False,
+        length_mean=length_mean,
         reference=model if live else "column",
     )
-    run.train(objective, params, model.axes, packed, {"ref": frozen} if live else ())
+    run.train(objective, params, model, packed, {"ref": frozen} if live else ())
 
 
 def kd(
@@ -92,6 +95,7 @@ def kd(
     beta: float,
     drop: int = 3,
     check: bool = True,
+    out: str = "",
 ) -> None:
     """Distillation from a live teacher: forward KL at beta 0, reverse KL at 1, JSD between."""
     from functools import partial
@@ -103,9 +107,9 @@ def kd(
     model, params = load(folder)
     large, frozen = load(teacher)
     divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or partial(jsd, beta=beta)
-    run = Run(turn, batch, drop, len(rows), check)
+    run = Run(turn, batch, drop, len(rows), check, out)
     objective = distill(model, divergence, teacher=large)
-    run.train(objective, params, model.axes, tables(rows), {"teacher": frozen})
+    run.train(objective, params, model, tables(rows), {"teacher": frozen})
 
 
 class Clock:
@@ -159,7 +163,8 @@ class Run:
 
     ``batch`` rows make an update, ``drop`` updates at least come before the first turn, ``units``
     is the number of examples in the whole table. ``info`` is said with ``ready``, and the mean
-    loss before the first update, ``loss0``, where ``check`` is set.
+    loss before the first update, ``loss0``, where ``check`` is set. With ``out`` nothing is
+    trained: the gradient of the first batch is exported to that folder.
     """
 
     turn: Turn
@@ -167,10 +172,11 @@ class Run:
     drop: int
     units: float
     check: bool = True
+    out: str = ""
     info: dict[str, float] = field(default_factory=dict)
 
     def train(
-        self, objective: Any, params: Any, axes: Any, tables: list[Any], frozen: Any = ()
+        self, objective: Any, params: Any, model: Any, tables: list[Any], frozen: Any = ()
     ) -> None:
         """Train without end; the harness ends it."""
         import jax
@@ -178,6 +184,10 @@ class Run:
         from w2s_jax.train.fit import fit
         from w2s_jax.train.optim import Tune
 
+        if self.out:
+            value = gradient(objective, params, model, tables[0], self.batch, frozen, self.out)
+            self.turn.ready(loss0=value)
+            return
         idle = memory("VmRSS")
         if self.check:
             self.info["loss0"] = loss(objective, params, tables, self.batch, frozen)
@@ -199,7 +209,7 @@ class Run:
             return {}
 
         tune = Tune(lr=world.LR, batch=self.batch, steps=10_000_000, clip=world.CLIP)
-        how = {"axes": axes, "frozen": frozen, "evaluate": gate, "eval_every": epoch}
+        how = {"axes": model.axes, "frozen": frozen, "evaluate": gate, "eval_every": epoch}
         fit(objective, params, tables, tune, jax.random.key(0), progress=False, **how)
 
 
@@ -224,3 +234,29 @@ def loss(objective: Any, params: Any, tables: list[Any], batch: int, frozen: Any
             one, count = look(params, frozen, part.batch(index))
             total, weight = total + float(one), weight + float(count)
     return total / weight
+
+
+def gradient(
+    objective: Any, params: Any, model: Any, table: Any, batch: int, frozen: Any, out: str
+) -> float:
+    """Export the gradient of the loss of the first batch as if it were weights; the loss."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from w2s_jax.models import hf
+    from w2s_jax.types import State
+
+    rows = table.batch(np.arange(min(batch, len(table))))
+
+    @jax.jit
+    @jax.value_and_grad
+    def look(params: Any):
+        zero = jnp.zeros((), jnp.int32)
+        state = State(zero, zero + 1, params, (), frozen)
+        total, weight, _ = objective(params, state, rows, jax.random.key(0))
+        return total / weight
+
+    value, grads = look(params)
+    hf.export(model, grads, out)
+    return float(value)

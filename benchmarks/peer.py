@@ -22,6 +22,7 @@ def sft(
     threads: int,
     drop: int = 3,
     check: bool = True,
+    out: str = "",
     **flags: Any,
 ) -> None:
     """TRL's SFTTrainer; ``flags`` go to SFTConfig (``loss_type``, ``padding_free``)."""
@@ -38,7 +39,7 @@ def sft(
         train_dataset=_dataset(rows),
         processing_class=_tokenizer(data["vocab"]),
     )
-    _train(turn, trainer, batch, drop, _labels, begun, check, info)
+    _train(turn, trainer, batch, drop, _labels, begun, check, info, out)
 
 
 def dpo(
@@ -50,6 +51,7 @@ def dpo(
     reference: str = "",
     drop: int = 3,
     check: bool = True,
+    out: str = "",
     **flags: Any,
 ) -> None:
     """TRL's DPOTrainer; without ``reference`` the reference is the model itself, as it starts.
@@ -90,7 +92,7 @@ def dpo(
     def count(inputs: Any) -> int:
         return len(inputs["input_ids"]) // 2
 
-    _train(turn, trainer, batch, drop, count, begun, check, info)
+    _train(turn, trainer, batch, drop, count, begun, check, info, out)
 
 
 def gkd(
@@ -103,6 +105,7 @@ def gkd(
     beta: float,
     drop: int = 3,
     check: bool = True,
+    out: str = "",
 ) -> None:
     """TRL's GKDTrainer off-policy (lmbda 0) at temperature 1, on the tokens of the data.
 
@@ -124,7 +127,7 @@ def gkd(
         train_dataset=_dataset([_labelled(row) for row in world.rows(**_data(data))]),
         processing_class=_tokenizer(data["vocab"]),
     )
-    _train(turn, trainer, batch, drop, _labels, begun, check, info)
+    _train(turn, trainer, batch, drop, _labels, begun, check, info, out)
 
 
 def _torch(threads: int) -> float:
@@ -207,14 +210,19 @@ def _train(
     begun: float,
     check: bool,
     info: dict[str, float],
+    out: str,
 ) -> None:
     """Take turns at the ends of updates; ``drop`` updates, at least 1, come before the first.
 
     Says ``loss0``, the mean loss over the data at the first weights (if ``check``), and
-    ``first_step``, seconds from ``begun`` to the first update's end.
+    ``first_step``, seconds from ``begun`` to the first update's end. With ``out`` nothing is
+    trained: the gradient of the first batch goes to that file.
     """
     from transformers import TrainerCallback
 
+    if out:
+        turn.ready(**_gradient(trainer, out))
+        return
     info = dict(info or {}) | ({"loss0": _loss(trainer, weigh)} if check else {})
 
     class Gate(TrainerCallback):
@@ -243,19 +251,38 @@ def _train(
     trainer.train()
 
 
+def _gradient(trainer: Any, out: str) -> dict[str, float]:
+    """Save the gradient of the loss of the first batch under the weights' names."""
+    from safetensors.torch import save_file
+
+    trainer.model.train()  # no dropout in these models
+    inputs = next(iter(_batches(trainer)))
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    named = trainer.model.named_parameters()
+    save_file({name: p.grad.contiguous() for name, p in named if p.grad is not None}, out)
+    return {"loss0": float(loss)}
+
+
+def _batches(trainer: Any):
+    """The data in order, through the trainer's own collator."""
+    import torch
+
+    return torch.utils.data.DataLoader(
+        trainer.train_dataset,
+        batch_size=trainer.args.per_device_train_batch_size,
+        collate_fn=trainer.data_collator,
+    )
+
+
 def _loss(trainer: Any, weigh: Callable[[Any], int]) -> float:
     """Mean loss over the data, by the trainer's own collator and loss."""
     import torch
 
     total = weight = 0.0
     trainer.model.eval()
-    loader = torch.utils.data.DataLoader(
-        trainer.train_dataset,
-        batch_size=trainer.args.per_device_train_batch_size,
-        collate_fn=trainer.data_collator,
-    )
     with torch.no_grad():
-        for inputs in loader:
+        for inputs in _batches(trainer):
             count = weigh(inputs)
             total += float(trainer.compute_loss(trainer.model, dict(inputs))) * count
             weight += count
