@@ -22,7 +22,7 @@ from w2s_jax.train.collectives import Traffic, traffic
 from w2s_jax.train.drafts import draft
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
-from w2s_jax.train.plan import Plan, advise, plan
+from w2s_jax.train.plan import Plan, Sizes, advise, plan
 from w2s_jax.train.topology import GIB, Topology, parse, topology
 from w2s_jax.types import Table
 
@@ -106,8 +106,8 @@ def test_the_parts_add_up_and_the_state_is_counted_exactly() -> None:
     whole = 3 * 4 * (2 * 2 * 32 + 32)
     split = 3 * 4 * (params_count(TINY) - 5 * 32) // 8
     rows = 2 * 32 * 4 * 4
-    assert found.arguments == whole + split + rows + 4 * 4
-    assert found.peak == found.arguments + found.temporaries + found.program
+    assert found.sizes.arguments == whole + split + rows + 4 * 4
+    assert found.sizes.peak == found.sizes.arguments + found.sizes.temporaries + found.sizes.program
     assert found.fits and found.tokens == 16 * 32
     assert found.flops == flops_per_token(TINY, 32) * 16 * 32
 
@@ -149,9 +149,9 @@ def test_the_planned_program_is_the_one_that_runs(monkeypatch) -> None:
         progress=False,
     )
     (said,) = ran
-    assert planned.arguments == said.argument_size_in_bytes
+    assert planned.sizes.arguments == said.argument_size_in_bytes
     fresh = said.output_size_in_bytes - said.alias_size_in_bytes
-    assert planned.temporaries == pytest.approx(fresh + said.temp_size_in_bytes, rel=0.02)
+    assert planned.sizes.temporaries == pytest.approx(fresh + said.temp_size_in_bytes, rel=0.02)
 
 
 @pytest.mark.slow
@@ -164,13 +164,15 @@ def test_what_saves_memory_is_seen_to_save_it() -> None:
         return plan(drawn(tune=tune, **{**more, **changes}), where, "fsdp=2,data=4")
 
     base = need()
-    assert need(replace(TUNE, micro=2)).temporaries < base.temporaries
-    assert need(config=replace(deep, remat="full")).temporaries < base.temporaries
+    assert need(replace(TUNE, micro=2)).sizes.temporaries < base.sizes.temporaries
+    assert need(config=replace(deep, remat="full")).sizes.temporaries < base.sizes.temporaries
     state = params_count(deep) * 4 // 2
-    halved = need(replace(TUNE, moments="bfloat16")).arguments
-    assert base.arguments - halved == pytest.approx(state, rel=0.02)  # two moments, two bytes less
+    halved = need(replace(TUNE, moments="bfloat16")).sizes.arguments
+    assert base.sizes.arguments - halved == pytest.approx(
+        state, rel=0.02
+    )  # two moments, two bytes less
     adapted = need(rank=2)
-    assert adapted.arguments < 0.5 * base.arguments
+    assert adapted.sizes.arguments < 0.5 * base.sizes.arguments
     # of 6 FLOPs per weight and token a frozen base needs 4
     assert adapted.flops < base.flops < 1.5 * adapted.flops
 
@@ -181,8 +183,8 @@ def test_dpo_at_a_large_vocabulary_has_no_logits_in_memory() -> None:
     tune = replace(TUNE, batch=8)
     one = plan(drawn("dpo", tune, config, length=512), topology("cpu:1"), "data=1")
     logits = 4 * 2 * 8 * 512 * config.vocab
-    assert one.temporaries < 0.25 * logits
-    assert one.peak < 1.5 * GIB
+    assert one.sizes.temporaries < 0.25 * logits
+    assert one.sizes.peak < 1.5 * GIB
 
 
 @pytest.mark.slow
@@ -202,7 +204,7 @@ def test_distillation_holds_its_teacher() -> None:
     live = plan(drawn("kd", teacher=teacher), where, "fsdp=8")
     held = params_count(teacher) * 4 / 8
     kept = 2 * 32 * (drafts.TOP * 6 + 4)  # the stored columns of two rows
-    assert live.arguments - stored.arguments == pytest.approx(held - kept, rel=0.1)
+    assert live.sizes.arguments - stored.sizes.arguments == pytest.approx(held - kept, rel=0.1)
     extra = flops_per_token(teacher, 32) / 3 * 16 * 32
     assert live.flops == pytest.approx(stored.flops + extra)
 
@@ -238,6 +240,11 @@ def test_the_default_mesh_keeps_every_device_busy() -> None:
 # What does not fit
 
 
+def pretended(where: Topology, peak: int, fits: bool) -> Plan:
+    """A plan of which only the peak matters."""
+    return Plan(where, "m", Sizes(1, 0, 0, peak), fits, {}, 0.0, 0, 0.0, 0.0)
+
+
 def small(where: Topology, memory: int) -> Topology:
     return replace(where, memory=memory)
 
@@ -247,10 +254,10 @@ def test_the_cheapest_changes_that_make_it_fit() -> None:
     where, flags = topology("cpu:1"), {"micro": "--micro", "remat": "--remat", "batch": "--batch"}
     one = draft(replace(TINY, layers=4, max_length=64), "sft", TUNE, length=64, flags=flags)
     full = plan(one.build(one.options), where)
-    found = list(advise(one, small(where, full.peak - 1000)))
+    found = list(advise(one, small(where, full.sizes.peak - 1000)))
     assert [flag for flag, _ in found] == ["--micro 2", "--remat attention"]
-    assert all(better.fits and better.peak < full.peak for _, better in found)
-    assert list(advise(one, small(where, full.arguments // 2))) == []  # not even the weights
+    assert all(better.fits and better.sizes.peak < full.sizes.peak for _, better in found)
+    assert list(advise(one, small(where, full.sizes.arguments // 2))) == []  # not even the weights
 
 
 def test_combinations_are_tried_when_no_single_change_is_enough(monkeypatch) -> None:
@@ -260,8 +267,7 @@ def test_combinations_are_tried_when_no_single_change_is_enough(monkeypatch) -> 
         tune = recipe.tune
         saved = 30 * (tune.micro > 1) + 40 * (tune.moments == "bfloat16") + 60 * (tune.batch < 16)
         tried.append((tune.micro, tune.moments, tune.batch))
-        zero = dict(arguments=1, temporaries=0, program=0, traffic={}, flops=0.0, tokens=0)
-        return Plan(where, "", peak=100 - saved, fits=saved >= 70, seconds=0, cpu=0, **zero)
+        return pretended(where, 100 - saved, saved >= 70)
 
     monkeypatch.setattr(plans, "plan", pretend)
     flags = {"micro": "-m", "moments": "-o", "batch": "-b"}
@@ -274,8 +280,7 @@ def test_combinations_are_tried_when_no_single_change_is_enough(monkeypatch) -> 
 def test_a_plan_that_does_not_fit_says_so(capsys, monkeypatch) -> None:
     def pretend(recipe, where, mesh=None):
         peak = 2 * GIB // recipe.tune.micro
-        zero = dict(arguments=1, temporaries=0, program=0, traffic={}, flops=0.0, tokens=0)
-        return Plan(where, "m", peak=peak, fits=peak <= GIB, seconds=0, cpu=0, **zero)
+        return pretended(where, peak, peak <= GIB)
 
     monkeypatch.setattr(plans, "plan", pretend)
     monkeypatch.setattr(plans, "topology", lambda name: small(topology(name), GIB))
@@ -426,7 +431,7 @@ def test_a_step_compiles_for_a_slice(tpus) -> None:
         TINY, dtype="bfloat16", max_length=256, width=128, heads=2, kv_heads=1, vocab=512
     )
     found = plan(drawn("dpo", config=config, length=256), tpus("v5e:2x4"), "fsdp=8")
-    assert found.fits and found.traffic and found.arguments < found.peak
+    assert found.fits and found.traffic and found.sizes.arguments < found.sizes.peak
     assert "8 chips" in str(found) and "s at peak" in str(found)
 
 
@@ -447,4 +452,4 @@ def test_the_head_is_cut_for_the_devices_planned_for(tpus) -> None:
 def test_a_stored_reference_is_no_second_model() -> None:
     where = topology("cpu:8")
     one, pair = plan(drawn("sft"), where, "fsdp=8"), plan(drawn("dpo"), where, "fsdp=8")
-    assert pair.arguments == pytest.approx(one.arguments, rel=0.05)
+    assert pair.sizes.arguments == pytest.approx(one.sizes.arguments, rel=0.05)

@@ -147,8 +147,10 @@ def _build(
 
 
 def _tuned(tune: Tune, options: Options) -> Tune:
-    named = dict(batch=options.batch, micro=options.micro, moments=options.moments)
-    return replace(tune, **named, steps=tune.steps or 1000)
+    steps = tune.steps or 1000
+    return replace(
+        tune, batch=options.batch, micro=options.micro, moments=options.moments, steps=steps
+    )
 
 
 def classifying(
@@ -268,12 +270,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def _asked(given: Flags) -> Draft:
     """The draft that the flags describe."""
-    sizes = dict(dtype=given.dtype, remat=given.remat)
-    config = replace(shape(given.model), param_dtype=given.param_dtype, **sizes)
+    config = replace(
+        shape(given.model), dtype=given.dtype, param_dtype=given.param_dtype, remat=given.remat
+    )
     if given.teacher and given.method != "kd":
         raise UserError("--teacher goes with --method kd")
-    numbers = dict(batch=given.batch, micro=given.micro, moments=given.moments)
-    tune = Tune(lr=1e-6, optimizer=given.optimizer, **numbers)
+    tune = Tune(
+        lr=1e-6,
+        batch=given.batch,
+        micro=given.micro,
+        moments=given.moments,
+        optimizer=given.optimizer,
+    )
     names = [one.name for one in dataclasses.fields(Options)]
     return draft(
         config,

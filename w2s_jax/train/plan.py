@@ -83,19 +83,23 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one update needs; sizes in bytes on each device.
+class Sizes:
+    """Bytes on each device: state and batch, what is alive besides at the worst moment, the
+    program, and all of it. Of a step that the compiler gave up on only the last is known."""
 
-    ``peak`` is the most that is alive at once, arguments and program included; for a step that
-    the compiler gave up on it is what it said was needed, and the parts are 0.
-    """
-
-    topology: Topology
-    mesh: str
     arguments: int
     temporaries: int
     program: int
     peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one update needs; ``flops`` and ``tokens`` of all devices together."""
+
+    topology: Topology
+    mesh: str
+    sizes: Sizes
     fits: bool
     traffic: dict[str, Traffic]
     flops: float
@@ -106,14 +110,15 @@ class Plan:
     def __str__(self) -> str:
         chips = len(self.topology.devices)
         head = f"{self.topology}; mesh {self.mesh}"
-        if self.arguments:
+        sizes = self.sizes
+        if sizes.arguments:
             memory = (
-                f"arguments {_gib(self.arguments)}, temporaries {_gib(self.temporaries)}, "
-                f"program {_gib(self.program)}: peak {_gib(self.peak)}"
+                f"arguments {_gib(sizes.arguments)}, temporaries {_gib(sizes.temporaries)}, "
+                f"program {_gib(sizes.program)}: peak {_gib(sizes.peak)}"
             )
         else:
-            memory = f"needs {_gib(self.peak)} or more (the compiler stopped there)"
-        share = self.peak / self.topology.memory
+            memory = f"needs {_gib(sizes.peak)} or more (the compiler stopped there)"
+        share = sizes.peak / self.topology.memory
         verdict = "fits" if self.fits else "DOES NOT FIT"
         sent = ", ".join(f"{k} {t.count} ({_gib(t.bytes)})" for k, t in self.traffic.items())
         peak = peak_flops(self.topology.devices[0].device_kind)
@@ -121,7 +126,7 @@ class Plan:
         lines = {
             "memory per device": memory,
             "of what it has": f"{share:.0%} of {_gib(self.topology.memory)}: {verdict}",
-            "collectives": (sent or "none") if self.arguments else "unknown",
+            "collectives": (sent or "none") if sizes.arguments else "unknown",
             "per step": f"{self.flops:.3g} model FLOPs, {self.tokens:,} tokens{least}",
             "compiled in": f"{self.seconds:.1f} s ({self.cpu:.1f} s of CPU time)",
         }
@@ -150,20 +155,28 @@ def plan(recipe: Recipe, where: Topology, mesh: str | None = None) -> Plan:
             f"data x fsdp = {ways} devices of mesh {spec}; use fewer of them, or tensor"
         )
     began, busy = time.perf_counter(), time.process_time()
-    known = dict(flops=recipe.flops, tokens=recipe.tokens, topology=where, mesh=spec)
+    sizes, fits_in, sent = Sizes(0, 0, 0, 0), False, {}
     try:
         compiled = _lower(recipe, devices).compile(_QUICK if where.kind == "cpu" else None)
     except Exception as error:
         needed = _needed(str(error))
         if needed is None:
             raise
-        sizes = dict(arguments=0, temporaries=0, program=0, peak=needed)
-        fit, sent = False, {}
+        sizes = Sizes(0, 0, 0, needed)
     else:
-        sizes = _memory(compiled, where.kind)
-        fit, sent = sizes["peak"] <= where.memory, traffic(compiled.as_text())
-    spent = dict(seconds=time.perf_counter() - began, cpu=time.process_time() - busy)
-    return Plan(**known, **sizes, **spent, fits=fit, traffic=sent)
+        sizes, sent = _memory(compiled, where.kind), traffic(compiled.as_text())
+        fits_in = sizes.peak <= where.memory
+    return Plan(
+        topology=where,
+        mesh=spec,
+        sizes=sizes,
+        fits=fits_in,
+        traffic=sent,
+        flops=recipe.flops,
+        tokens=recipe.tokens,
+        seconds=time.perf_counter() - began,
+        cpu=time.process_time() - busy,
+    )
 
 
 def default_mesh(recipe: Recipe, where: Topology) -> str:
@@ -207,8 +220,7 @@ def _placed(shapes: Tree, places: Tree) -> Tree:
     )
 
 
-def _memory(compiled: Any, kind: str) -> dict[str, int]:
-    """Sizes of a compiled program, bytes per device."""
+def _memory(compiled: Any, kind: str) -> Sizes:
     said = compiled.memory_analysis()
     program = said.generated_code_size_in_bytes
     arguments = said.argument_size_in_bytes
@@ -217,12 +229,7 @@ def _memory(compiled: Any, kind: str) -> dict[str, int]:
         peak = arguments + fresh + said.temp_size_in_bytes
     else:  # its temporaries are the sum over memory spaces; the peak is that of HBM
         peak = said.peak_memory_in_bytes
-    return dict(
-        arguments=arguments,
-        temporaries=peak - arguments,
-        program=program,
-        peak=peak + program,
-    )
+    return Sizes(arguments, peak - arguments, program, peak + program)
 
 
 def _needed(error: str) -> int | None:
@@ -255,8 +262,9 @@ def report(draft: Draft, name: str, mesh: str | None = None) -> int:
     print("looking for the cheapest changes that make it fit", flush=True)
     changes = list(advise(draft, where, mesh))
     for i, (flags, better) in enumerate(changes, 1):
-        share = better.peak / where.memory
-        print(f"  {i}. {flags}: {_gib(better.peak)} per device ({share:.0%}), mesh {better.mesh}")
+        peak = better.sizes.peak
+        share = peak / where.memory
+        print(f"  {i}. {flags}: {_gib(peak)} per device ({share:.0%}), mesh {better.mesh}")
     if not changes:
         print("  none found: take more devices or a smaller model")
     return UNFIT

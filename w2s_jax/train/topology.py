@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -117,7 +118,7 @@ def topology(name: str) -> Topology:
 def _slice(name: str, kind: str) -> Sequence[Any]:
     """Compile-only devices of a TPU slice."""
     try:
-        import libtpu  # noqa: F401
+        importlib.import_module("libtpu")
     except ImportError as error:
         raise UserError(
             f'planning for {name} needs libtpu: pip install -e ".[tpu]" (no TPU is needed)'
