@@ -283,14 +283,14 @@ def advise(
         if any(set(small) <= set(change) for small in fitting):
             continue
         options = dataclasses.replace(draft.options, **change)
-        recipe = draft.build(options)
         try:
+            recipe = draft.build(options)
             spec = mesh or default_mesh(recipe, where)
             if _held(recipe, where, spec) > where.memory:
                 continue  # the state alone is too large
             found = plan(recipe, where, mesh)
         except UserError:
-            continue  # a micro-batch that does not divide over the devices
+            continue  # parts that do not divide the batch, or not over the devices
         tried += 1
         if found.fits:
             fitting.append(change)
