@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from w2s_jax.errors import UserError
@@ -72,13 +71,16 @@ def prepare(name: str) -> None:
     if kind == "cpu":
         words = [w for w in os.environ.get("XLA_FLAGS", "").split() if not w.startswith(COUNT)]
         os.environ["XLA_FLAGS"] = " ".join([*words, f"{COUNT}={sizes[0]}"])
-    if any(Path("/dev").glob("accel*")):
-        return  # a TPU machine: its own settings are right
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leave accelerators that are at hand to others
     if "jax" in sys.modules:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+    _libtpu_alone()
+
+
+def _libtpu_alone() -> None:
+    """Tell libtpu that it runs without TPUs; effective until it is loaded."""
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud machine what it is
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once are fine: no device is used
@@ -98,11 +100,9 @@ def topology(name: str) -> Topology:
       UserError: an unknown name, a shape that does not exist, libtpu not installed, or fewer CPU
         devices than asked for.
     """
-    kind, sizes = parse(name)
-    prepared = kind != "cpu" or COUNT in os.environ.get("XLA_FLAGS", "")
-    if not prepared:
-        prepare(name)
     import jax
+
+    kind, sizes = parse(name)
 
     if kind == "cpu":
         devices = jax.devices("cpu")
@@ -125,7 +125,7 @@ def _slice(name: str, kind: str) -> Sequence[Any]:
         ) from error
     from jax.experimental import topologies
 
-    prepare(name)
+    _libtpu_alone()
     # one device per chip, as JAX shows v4 on a real slice
     more = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
