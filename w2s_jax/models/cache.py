@@ -15,7 +15,9 @@ from w2s_jax.types import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far, one pair of [B,K,S,h] arrays per layer.
+    """Keys [B,K,h,S] and values [B,K,S,h] of the tokens seen so far, one pair per layer: the
+    layouts in which the two products of one query run fastest (CPU: twice as fast as with equal
+    ones).
 
     All rows write at the same slot ``index`` [], so that a write is one contiguous update; what a
     slot means is in ``segment`` [B,S] (0: padding or not yet written, never attended by real
@@ -46,15 +48,24 @@ def init_cache(config: Config, batch: int, length: int) -> Cache:
 
 def empty_cache(config: Config, batch: int, length: int) -> Cache:
     """The same without the limit: rows that take turns in it may share more slots than one has."""
-    shape = (batch, config.kv_heads, length, config.head_dim)
+    sizes = (config.head_dim, length), (length, config.head_dim)
     return Cache(
         layers=tuple(
-            (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+            tuple(jnp.zeros((batch, config.kv_heads, *size), config.dtype) for size in sizes)
             for _ in range(config.layers)
         ),
         segment=jnp.zeros((batch, length), jnp.int32),
         position=jnp.zeros((batch,), jnp.int32),
         index=jnp.zeros((), jnp.int32),
+    )
+
+
+def extend(keys: Array, values: Array, index: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values of a layer with those of new tokens, both [B,T,K,h], from slot ``index``."""
+    k, v = k.transpose(0, 2, 3, 1).astype(keys.dtype), v.swapaxes(1, 2).astype(values.dtype)
+    return (
+        jax.lax.dynamic_update_slice_in_dim(keys, k, index, 3),
+        jax.lax.dynamic_update_slice_in_dim(values, v, index, 2),
     )
 
 
@@ -73,7 +84,12 @@ def place(cache: Cache, prompts: Cache, source: Array) -> Cache:
         )
 
     return Cache(
-        layers=jax.tree.map(lambda old, prompt: put(old, prompt, 2), cache.layers, prompts.layers),
+        layers=tuple(
+            (put(keys, new_keys, 3), put(values, new_values, 2))
+            for (keys, values), (new_keys, new_values) in zip(
+                cache.layers, prompts.layers, strict=True
+            )
+        ),
         segment=put(jnp.where(new[:, None], 0, cache.segment), prompts.segment, 1),
         position=jnp.where(new, prompts.position[of], cache.position),
         index=cache.index,
@@ -94,7 +110,7 @@ def settle(cache: Cache, rows: Array, index: Array, length: int) -> Cache:
         return jax.lax.dynamic_slice_in_dim(wide, length + shift, length, axis)
 
     return Cache(
-        layers=jax.tree.map(lambda old: move(old, 2), cache.layers),
+        layers=tuple((move(keys, 3), move(values, 2)) for keys, values in cache.layers),
         segment=move(cache.segment, 1),
         position=cache.position[rows],
         index=jnp.asarray(index, jnp.int32),
