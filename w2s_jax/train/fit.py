@@ -90,7 +90,7 @@ def fit(
         state, where = _begin(params, tx, steps, memory, axes, mesh, offload)
         store = resumed = None
         if workdir is not None:
-            meta = _meta(tune, steps, tables, seed, state.params) | dict(config or {})
+            meta = identity(tune, steps, tables, seed, state.params) | dict(config or {})
             store = stack.enter_context(
                 contextlib.closing(Store(Path(workdir) / "checkpoints", keep, meta))
             )
@@ -132,7 +132,7 @@ def _seed(key: Array) -> tuple[int, ...]:
     return tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
 
 
-def _meta(
+def identity(
     tune: Tune, steps: int, tables: Sequence[Table], seed: tuple[int, ...], params: Params
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one that wrote the checkpoint."""

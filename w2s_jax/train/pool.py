@@ -26,27 +26,42 @@ def arguments(
       rows: [S, n], or [1, n] where all runs train on the same rows.
     """
     numbers = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
-    words = [np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in numbers]
-    orders = [
-        [order(tuple(map(int, w)), rows.shape[1], batch, i) for i in range(steps)] for w in words
-    ]
+    words = _words(list(numbers))
+    orders = [_order(tuple(map(int, w)), rows.shape[1], batch, steps) for w in words]
     kept, place = np.unique(rows, axis=0, return_inverse=True)
     batches = [device_columns(table) for table in tables]
     tree = jax.tree.structure(batches[0])
     pools = [_pool(leaves) for leaves in zip(*map(jax.tree.leaves, batches), strict=True)]
     shared = {
-        "order": np.array(orders, np.int32),
+        "order": np.stack(orders),
         "rows": kept.astype(np.int32),
         "pools": jax.tree.unflatten(tree, [pool for pool, _ in pools]),
     }
     which = np.array([numbers[seed] for seed in seeds], np.int32)
     each = {
-        "key": np.stack(words)[which],
+        "key": words[which],
         "order": which,
         "rows": np.broadcast_to(place.reshape(-1), which.shape).astype(np.int32),
         "pools": jax.tree.unflatten(tree, [number for _, number in pools]),
     }
     return shared, each
+
+
+def _words(seeds: Sequence[int]) -> np.ndarray:
+    """The data [S, 2] of ``jax.random.key(seed)``; small seeds by one call."""
+    if min(seeds) >= 0 and max(seeds) < 2**31:
+        return np.asarray(jax.random.key_data(_keys(np.asarray(seeds, np.int32))))
+    return np.stack([np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in seeds])
+
+
+_keys = jax.jit(jax.vmap(jax.random.key))
+
+
+def _order(seed: tuple[int, ...], rows: int, batch: int, steps: int) -> np.ndarray:
+    """``order`` of all updates [steps, batch] int32: whole epochs, cut."""
+    epochs = range(-(-steps * batch // rows))
+    line = np.concatenate([order(seed, rows, rows, epoch) for epoch in epochs])
+    return line[: steps * batch].reshape(steps, batch).astype(np.int32)
 
 
 def device_columns(table: Table) -> dict[str, Any]:

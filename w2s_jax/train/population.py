@@ -2,7 +2,7 @@
 
 The whole training loop is a loop inside one jitted function, so that a run of a small model costs
 its arithmetic and nothing else. Runs are split over devices (no collectives) and, on each device,
-follow one another in groups that are vmapped (``MODES``).
+follow one another in groups that are vmapped (``groups``).
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from w2s_jax.errors import UserError
 from w2s_jax.mesh import is_axes, make_mesh
 from w2s_jax.objectives import at
 from w2s_jax.train.fit import NotFinite, fit, make_step, start
+from w2s_jax.train.groups import MODES, groups
 from w2s_jax.train.optim import Tune, optimizer
 from w2s_jax.train.pool import arguments, device_columns
 from w2s_jax.types import Array, Objective, Params, State, Table, Tree
-
-MODES = ("auto", "vmap", "batched", "map", "serial")
-BATCHED = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Population:
 
     ``params`` [S, ...]; ``metrics`` maps a name to [S, steps] float32; ``curve`` is what ``probe``
     said, [S, points, ...] per leaf, after the numbers of updates in ``steps`` [points]; ``failed``
-    are the runs whose loss or gradient was not finite at some update.
+    are the runs whose loss or gradient was not finite at some update. ``states`` [S, ...] are the
+    whole last states (``keep_state``), from which ``split.write_run`` makes checkpoints.
     """
 
     params: Params
@@ -44,6 +43,7 @@ class Population:
     curve: Tree
     steps: np.ndarray
     failed: tuple[int, ...]
+    states: State | None = None
 
     def __len__(self) -> int:
         return len(jax.tree.leaves(self.params)[0])
@@ -91,6 +91,7 @@ def population(
     memory: Tree = (),
     mode: str = "auto",
     runs_at_once: int | None = None,
+    keep_state: bool = False,
     devices: Sequence[Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Population:
@@ -116,9 +117,11 @@ def population(
       frozen: trees that the objective reads and nothing updates, shared by all runs.
       memory: ``State.memory`` at the start of each run.
       mode: "map" one run after another on each device, "batched" groups of 8, "vmap" all at once,
-        "auto" by measured rule; "serial" is a loop over ``fit`` on ``mesh``, for models that one
-        device cannot hold (no ``hyper``; its ``metrics`` are empty).
-      runs_at_once: largest vmapped group, where memory asks for it.
+        "auto" by measured rule and as memory allows (``groups``); "serial" is a loop over ``fit``
+        on ``mesh``, for models that one device cannot hold (no ``hyper``; its ``metrics`` are
+        empty).
+      runs_at_once: largest vmapped group.
+      keep_state: bring the optimiser's states too, for checkpoints of single runs.
       devices: default all local ones; runs are split over them.
       mesh: for "serial" only.
 
@@ -141,6 +144,14 @@ def population(
         begin = _starts(params, stacked, seeds)
         return _serial(objective, begin, tables, rows, seeds, tune, look, looks, **settings)
     devices = list(devices or jax.local_devices())[: len(seeds)]
+    shared, each = arguments(tables, rows, seeds, tune.batch, steps)
+    shared |= {"data": data, "frozen": frozen, "memory": memory, "bounds": bounds}
+    each["hyper"] = hyper
+    if not callable(params):
+        (each if stacked else shared)["params"] = params
+    state = _shapes(params, stacked, tune, steps, axes, memory)
+    size = tune.batch // tune.micro
+    width, chunk = groups(mode, state, size, shared, len(seeds), devices, runs_at_once, keep_state)
     plan = _Plan(
         objective=objective,
         init=params if callable(params) else None,
@@ -149,18 +160,16 @@ def population(
         tune=tune,
         steps=steps,
         axes=_freeze(axes),
-        width=_width(mode, params, stacked, len(seeds), len(devices), runs_at_once),
+        keep_state=keep_state,
+        width=width,
+        chunk=chunk,
         devices=tuple(devices),
     )
-    shared, each = arguments(tables, rows, seeds, tune.batch, steps)
-    shared |= {"data": data, "frozen": frozen, "memory": memory, "bounds": bounds}
-    each["hyper"] = hyper
-    if not callable(params):
-        (each if stacked else shared)["params"] = params
-    trained, metrics, curve = jax.device_get(_launch(plan, shared, each, len(seeds)))
+    trained, metrics, curve = _launch(plan, shared, each, len(seeds))
     broken = ~np.isfinite(metrics["loss"]) | ~np.isfinite(metrics["grad_norm"])
     failed = tuple(int(i) for i in np.flatnonzero(broken.any(1)))
-    return Population(trained, metrics, curve, looks, failed)
+    states = trained if keep_state else None
+    return Population(trained.params, metrics, curve, looks, failed, states)
 
 
 @dataclass(frozen=True)
@@ -174,19 +183,30 @@ class _Plan:
     tune: Tune
     steps: int
     axes: Any
+    keep_state: bool
     width: int
+    chunk: int
     devices: tuple[Any, ...]
 
 
 def _launch(plan: _Plan, shared: Tree, each: Tree, runs: int) -> Tree:
-    """Place the arguments and run; runs are padded to fill the devices' groups, then cut."""
+    """Place the arguments and run, ``plan.chunk`` runs at a time; host arrays [runs, ...].
+
+    Runs are padded to fill the devices' groups, then cut.
+    """
     program, mesh = _program(plan)
-    full = -(-runs // (len(plan.devices) * plan.width)) * len(plan.devices) * plan.width
-    index = np.minimum(np.arange(full), runs - 1)
-    each = jax.tree.map(lambda leaf: leaf if full == runs else leaf[index], each)
+    lot = len(plan.devices) * plan.width
+    full = -(-min(plan.chunk, runs) // lot) * lot
     shared = jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
-    each = jax.device_put(each, NamedSharding(mesh, PartitionSpec("data")))
-    return jax.tree.map(lambda leaf: leaf[:runs], jax.device_get(program(shared, each)))
+    parts = []
+    for begin in range(0, runs, full):
+        index = np.minimum(np.arange(begin, begin + full), runs - 1)
+        mine = each if full == runs else jax.tree.map(lambda leaf, at=index: leaf[at], each)
+        mine = jax.device_put(mine, NamedSharding(mesh, PartitionSpec("data")))
+        parts.append(jax.device_get(program(shared, mine)))
+    if len(parts) == 1:
+        return jax.tree.map(lambda leaf: leaf[:runs], parts[0])
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:runs], *parts)
 
 
 @lru_cache(maxsize=16)
@@ -210,8 +230,8 @@ def _program(plan: _Plan) -> tuple[Callable[[Tree, Tree], Tree], Mesh]:
     return jax.jit(spread), mesh
 
 
-def _run(plan: _Plan, shared: Tree, mine: Tree) -> tuple[Params, dict[str, Array], Tree]:
-    """One run from start to finish: parameters, metrics [steps], curve [points, ...]."""
+def _run(plan: _Plan, shared: Tree, mine: Tree) -> tuple[State, dict[str, Array], Tree]:
+    """One run from start to finish: last state, metrics [steps], curve [points, ...]."""
     key = jax.random.wrap_key_data(mine["key"])
     row = dict(mine["hyper"])
     tx = optimizer(plan.tune, plan.steps, _thaw(plan.axes), row.pop("lr", None))
@@ -246,33 +266,20 @@ def _run(plan: _Plan, shared: Tree, mine: Tree) -> tuple[Params, dict[str, Array
     values = jax.eval_shape(advance, state, 0)[1]
     lines = jax.tree.map(lambda value: jnp.zeros((plan.steps, *value.shape)), values)
     (state, lines), curve = jax.lax.scan(segment, (state, lines), shared["bounds"])
-    return state.params, lines, curve
+    return state if plan.keep_state else dataclasses.replace(state, opt=(), memory=()), lines, curve
 
 
-def _width(
-    mode: str,
-    params: Params | Callable[[Array], Params],
-    stacked: bool,
-    runs: int,
-    devices: int,
-    limit: int | None,
-) -> int:
-    """Runs that are vmapped together on a device, evened out over its groups.
+def _shapes(params: Any, stacked: bool, tune: Tune, steps: int, axes: Tree, memory: Tree) -> State:
+    """Shapes of one run's state."""
 
-    The rule for "auto" was measured on two CPU cores: groups of 8 for models under 4,000 weights,
-    one at a time above, where a vmapped step costs more than separate ones (nano transformers of
-    7k and 151k weights: +10 to +17 %). On accelerators it is a guess, not measured: all at once
-    below 10 million weights, since one small run leaves the chip idle.
-    """
-    each = -(-runs // devices)
-    if mode == "auto":
-        shapes = jax.eval_shape(params, jax.random.key(0)) if callable(params) else params
-        weights = sum(leaf.size for leaf in jax.tree.leaves(shapes)) // (runs if stacked else 1)
-        on_cpu = jax.default_backend() == "cpu"
-        small, group = (4_000, "batched") if on_cpu else (10_000_000, "vmap")
-        mode = group if weights < small else "map"
-    width = min({"vmap": each, "batched": BATCHED, "map": 1}[mode], each, limit or each)
-    return -(-each // -(-each // width))
+    def begin(params: Any, memory: Tree) -> State:
+        params = params(jax.random.key(0)) if callable(params) else params
+        params = jax.tree.map(lambda leaf: leaf[0] if stacked else jnp.asarray(leaf), params)
+        return start(params, optimizer(tune, steps, axes), steps, memory=memory)
+
+    if callable(params):
+        return jax.eval_shape(partial(begin, params), memory)
+    return jax.eval_shape(begin, params, memory)
 
 
 def _bounds(steps: int, points: int, first: bool) -> np.ndarray:
