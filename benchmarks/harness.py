@@ -234,13 +234,19 @@ def fresh(sides: Sequence[Side], settings: Settings) -> list[Result]:
     return list(results.values())
 
 
-def call(target: str, settings: Settings | None = None, **options: Any) -> dict[str, Any]:
+def call(
+    target: str,
+    settings: Settings | None = None,
+    env: Mapping[str, str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Run ``module:function(turn, **options)`` in a process of its own and return what it said.
 
     Raises:
       UserError: it failed; the line says why.
     """
-    contender = Contender(Side(target, target, options), settings or Settings())
+    side = Side(target, target, options, env=env or {})
+    contender = Contender(side, settings or Settings())
     contender.close()
     if contender.result.error:
         raise UserError(contender.result.error)

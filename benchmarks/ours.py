@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import world
+from benchmarks.gpu import peak
 from benchmarks.turn import Turn, memory
 
 
@@ -164,7 +165,8 @@ class Run:
     ``batch`` rows make an update, ``drop`` updates at least come before the first turn, ``units``
     is the number of examples in the whole table. ``info`` is said with ``ready``, and the mean
     loss before the first update, ``loss0``, where ``check`` is set. With ``out`` nothing is
-    trained: the gradient of the first batch is exported to that folder.
+    trained: the gradient of the first batch is exported to that folder. ``tune`` are further
+    numbers of the optimiser.
     """
 
     turn: Turn
@@ -174,6 +176,7 @@ class Run:
     check: bool = True
     out: str = ""
     info: dict[str, float] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict)
 
     def train(
         self, objective: Any, params: Any, model: Any, tables: list[Any], frozen: Any = ()
@@ -200,7 +203,7 @@ class Run:
             if int(state.step) < self.drop:
                 return {}
             if begun:
-                self.turn.done(units=self.units, steps=epoch)
+                self.turn.done(units=self.units, steps=epoch, **peak())
             else:
                 self.turn.ready(**self.info, idle=idle)
             begun = True
@@ -208,7 +211,8 @@ class Run:
                 raise SystemExit(0)
             return {}
 
-        tune = Tune(lr=world.LR, batch=self.batch, steps=10_000_000, clip=world.CLIP)
+        numbers = {"lr": world.LR, "clip": world.CLIP, "steps": 10_000_000, **self.tune}
+        tune = Tune(batch=self.batch, **numbers)
         how = {"axes": model.axes, "frozen": frozen, "evaluate": gate, "eval_every": epoch}
         fit(objective, params, tables, tune, jax.random.key(0), progress=False, **how)
 

@@ -111,7 +111,7 @@ def several(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     worst = min(known, key=lambda case: known[case]["ratio"]) if known else next(iter(reports))
     lead = reports[worst]
     shared = {k: v for k, v in lead.items() if k not in ("sides", "ratio", "spread")}
-    kept = ("ratio", "spread", "share", "sides")
+    kept = ("ratio", "spread", "share", "first_mb", "sides")
     cases = {case: {k: r[k] for k in kept if k in r} for case, r in reports.items()}
     return shared | {k: lead[k] for k in ("ratio", "spread")} | {"case": worst, "cases": cases}
 
