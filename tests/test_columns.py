@@ -62,13 +62,27 @@ def first_losses(model, params, tables, batch, *, micro=1, beta=1.0, length_mean
 @pytest.mark.parametrize("make", [padded, packed])
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_loss_of_step_0_is_ln_2(make, plain) -> None:
-    change = {} if plain else {"remat": "full", "scan": True}
+    change = {} if plain else {"remat": "full", "scan": True, "dtype": "bfloat16"}
     model = transformer(dataclasses.replace(CONFIG, **change))
     params = model.init(jax.random.key(1))
     tables = add_reference(model, params, make(), batch=7, progress=False)
     how = {"micro": 1, "length_mean": False} if plain else {"micro": 2, "length_mean": True}
     losses = first_losses(model, params, tables, 2, **how)
     np.testing.assert_allclose(losses, math.log(2), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_loss_of_step_0_is_ln_2_on_a_mesh(tmp_path) -> None:
+    model = transformer(CONFIG)
+    params = model.init(jax.random.key(1))
+    tables = add_reference(model, params, packed(), batch=7, progress=False)
+    fit(
+        prefer(model, partial(dpo, beta=1.0), length_mean=False),
+        params, tables, Tune(batch=2, steps=1), jax.random.key(0), workdir=tmp_path,
+        axes=model.axes, mesh=make_mesh("fsdp=2,tensor=2", jax.devices()[:4]), progress=False,
+    )  # fmt: skip
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    np.testing.assert_allclose(first["loss"], math.log(2), atol=1e-5)
 
 
 def test_another_reference_does_not_give_ln_2() -> None:

@@ -302,3 +302,34 @@ def test_the_gradient_of_the_stored_divergence_is_that_of_its_formula(k) -> None
     np.testing.assert_allclose(ours(student), formula(student), rtol=1e-5)
     found, want = jax.grad(ours)(student), jax.grad(formula)(student)
     np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_written(tmp_path, monkeypatch) -> None:
+    table, replace = world.padded_table(), os.replace
+
+    def full(source, target):
+        if str(target).endswith("00001.npy"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*00001.npy: No space left on device"):
+        store(table, tmp_path, shard=2)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["00000.npy", "index.json"]
+    assert "teacher" in store(table, tmp_path, shard=2)
+
+
+def test_of_several_processes_one_writes(tmp_path) -> None:
+    table, ran = world.padded_table(), []
+
+    def make(spans):
+        for begin, end in spans:
+            ran.append((begin, end))
+            kept = teachers.predicted(table.batch(np.arange(begin, end)))
+            shape = kept.shape
+            arrays = {"ids": np.zeros((*shape, 1), np.int32), "tail": np.zeros(shape, np.float32)}
+            yield begin, kept, {**arrays, "logits": np.zeros((*shape, 1), np.float32)}
+
+    teachers.write(tmp_path, table, teachers.About("t", V, 1), make, shard=4, keep=False)
+    assert ran == [(0, 4), (4, 7)] and not list(tmp_path.iterdir())

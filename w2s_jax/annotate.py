@@ -174,7 +174,7 @@ def kept(
         raise UserError("cannot annotate an empty table")
     shards = Shards.begin(Path(cache), len(table), SHARD * batch, {})
     shards.drop_damaged(True, log.warning)
-    _together("annotate reads")
+    together("annotate reads")
     fresh = shards.missing()
     spans = [shards.span(number) for number in fresh]
     if fresh:
@@ -191,13 +191,14 @@ def kept(
                     break
             if jax.process_index() == 0:
                 shards.put(number, joined(parts))
-    _together("annotate wrote")
+    together("annotate wrote")
     shards = Shards.read(Path(cache)).finished()
     whole = [shards.unpack(shards.get(number)) for number in range(shards.count)]
     return _nested(joined(whole))
 
 
-def _together(what: str) -> None:
+def together(what: str) -> None:
+    """Wait until every process of the job is here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

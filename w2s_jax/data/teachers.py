@@ -86,6 +86,7 @@ def write(
     *,
     shard: int | None = None,
     storage: str = "npy",
+    keep: bool = True,
     say: Callable[[str], None] = print,
 ) -> Shards:
     """Store what ``make`` gives for the rows that are not there yet.
@@ -96,6 +97,7 @@ def write(
         the trained predictions of each row, in order.
       shard: rows per shard; None makes shards of about 128 MB.
       storage: "npy" or "array_record" (see ``data.shards``); what is begun goes on as it was.
+      keep: whether this process writes; of several that run the teacher together, one does.
       say: takes one line about each damaged shard, and one when all is written.
 
     Raises:
@@ -113,8 +115,11 @@ def write(
     for number in fresh:
         begin, end = shards.span(number)
         arrays = _packed(pieces, (begin, end), held, about)
-        largest = int(arrays["ids"].max(initial=0))
-        shards.put(number, arrays, held[begin:end], largest=largest)
+        if keep:
+            largest = int(arrays["ids"].max(initial=0))
+            shards.put(number, arrays, held[begin:end], largest=largest)
+    if not keep:
+        return shards
     share = shards.bytes / max(shards.records, 1)
     say(
         f"teacher in {shards.folder}: {shards.records} predictions, top {about.k} of "
