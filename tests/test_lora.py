@@ -19,8 +19,10 @@ from w2s_jax.models.lora import TARGETS, adapters, lora, merge
 from w2s_jax.models.peft import export_adapter, load_adapter
 from w2s_jax.models.transformer import Config, decode, transformer
 from w2s_jax.objectives import classify, language, on_base
+from w2s_jax.train import population as module
 from w2s_jax.train.fit import fit, make_step, start
 from w2s_jax.train.optim import Tune, optimizer
+from w2s_jax.train.population import population
 from w2s_jax.types import Table
 
 LLAMA = Config(vocab=31, width=16, layers=2, heads=4, kv_heads=2, ffn=24, max_length=32)
@@ -339,3 +341,77 @@ def test_we_read_their_adapter(kind, options, tmp_path):
     ours = logits(model, {"base": weights, "lora": back}, TOKENS)
     assert np.abs(ours - logits(base, weights, TOKENS)).max() > 0.1
     near(ours, peer_logits(theirs), 1e-4)
+
+
+POPULATION = Config(vocab=31, width=8, layers=1, heads=2, ffn=20, max_length=12)
+
+
+def test_population_of_adapters_over_one_base(monkeypatch):
+    """S sets of adapters with their own start, rate, coefficient and data equal S fits, and no
+    array of the program holds S copies of a base weight."""
+    base = transformer(POPULATION)
+    model = lora(base, 2)
+    weights = noisy(base.init(jax.random.key(5)))
+    rng = np.random.default_rng(0)
+    tables = [
+        Table({
+            "tokens": rng.integers(0, 31, (6, 12)).astype(np.int32),
+            "mask": np.ones((6, 12), np.float32),
+        })
+        for _ in range(2)
+    ]  # fmt: skip
+    tables = [tables[0], tables[1], tables[0]]
+    tune, seeds = Tune(batch=3, steps=4), [3, 1, 4]
+    rates, scales = [0.02, 0.01, 0.03], [1e-2, 5e-3, 2e-2]
+
+    def scaled(row):
+        def objective(params, state, batch, key):
+            total, weight, aux = inner(params, state, batch, key)
+            penalty = sum(jnp.square(x).sum() for x in jax.tree.leaves(params))
+            return total + row["scale"] * weight * penalty, weight, aux
+
+        return objective
+
+    inner = on_base(language(model))
+    programs, launch = [], module._launch
+
+    def spy(plan, shared, each, runs):
+        programs.append((plan, shared, each))
+        return launch(plan, shared, each, runs)
+
+    monkeypatch.setattr(module, "_launch", spy)
+    hyper = {"lr": rates, "scale": np.array(scales, np.float32)}
+    begin = partial(adapters, model)
+    call = {"hyper": hyper, "axes": model.axes["lora"], "devices": jax.devices()[:1]}
+    got = population(
+        scaled, begin, tables, tune, seeds, frozen={"base": weights}, mode="vmap", **call
+    )
+    for i, seed in enumerate(seeds):
+        key = jax.random.key(seed)
+        one = dataclasses.replace(tune, lr=rates[i])
+        state = fit(
+            scaled({"scale": scales[i]}), begin(key), tables[i], one, key,
+            frozen={"base": weights}, axes=model.axes["lora"], progress=False,
+        )  # fmt: skip
+        jax.tree.map(lambda a, b: near(a, b, 1e-5), got.run(i)[0], state.params)
+    plan, shared, each = programs[0]
+    text = module._program(plan)[0].lower(shared, each).compile().as_text()
+    sizes = {tuple(x.shape) for x in jax.tree.leaves(weights)}
+    assert "f32[3,1,8,2]" in text  # S adapters do live side by side
+    for shape in sizes:
+        stacked = ",".join(map(str, (3, *shape)))
+        flat = ",".join(map(str, (3, *shape[1:]))) if len(shape) == 3 else stacked
+        assert f"f32[{stacked}]" not in text and f"f32[{flat}]" not in text
+
+
+def test_a_run_of_adapters_leaves_as_a_peft_folder(tmp_path):
+    base = transformer(POPULATION)
+    model = lora(base, 2)
+    table = Table({"tokens": TOKENS, "mask": np.ones(TOKENS.shape, np.float32)})
+    weights = base.init(jax.random.key(5))
+    tune, begin = Tune(batch=2, steps=2), partial(adapters, model)
+    call = {"frozen": {"base": weights}, "devices": jax.devices()[:1]}
+    got = population(on_base(language(model)), begin, table, tune, [0, 1], **call)
+    export_adapter(model, got.run(1)[0], tmp_path)
+    _, back = load_adapter(tmp_path, base)
+    jax.tree.map(lambda a, b: near(a, b, 1e-6), back, got.run(1)[0])

@@ -1,5 +1,7 @@
 """S runs in one program are the S runs that ``fit`` makes, whatever the mode or the devices."""
 
+import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -11,9 +13,12 @@ from w2s_jax.errors import UserError
 from w2s_jax.losses.classification import aux_confidence, ramp, soft_xent
 from w2s_jax.models.heads import linear, mlp
 from w2s_jax.objectives import classify
+from w2s_jax.train import groups as rules
 from w2s_jax.train import population as module
-from w2s_jax.train.fit import fit
-from w2s_jax.train.optim import Tune
+from w2s_jax.train import split
+from w2s_jax.train.fit import fit, start
+from w2s_jax.train.groups import groups
+from w2s_jax.train.optim import Tune, optimizer
 from w2s_jax.train.population import one_of, population
 from w2s_jax.types import Aux, Table, forward
 
@@ -232,3 +237,77 @@ def test_bad_calls_are_refused(change, words, params):
     call = {"tables": table(), **change}
     with pytest.raises(UserError, match=words):
         population(NAIVE, params, call.pop("tables"), TUNE, [0, 1], **call)
+
+
+def test_auto_groups_small_updates_and_what_fits(monkeypatch, params):
+    """By arithmetic: groups of 8 below a million multiplications, fewer where memory is short."""
+    tx = optimizer(TUNE, 10)
+    state = jax.eval_shape(lambda p: start(p, tx, 10), params)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    opt = sum(leaf.size for leaf in jax.tree.leaves(state.opt))
+    live, kept = 4 * (2 * weights + opt), 4 * weights
+    pools = {"features": np.zeros((1, ROWS, WIDTH), np.float32)}
+
+    def chosen(mode="auto", runs=64, bytes_=1e12, limit=None, pools=pools, keep=False, shared=None):
+        monkeypatch.setattr(rules, "room", lambda device: bytes_)
+        shared = {"pools": pools, **(shared or {})}
+        return groups(mode, state, 8, shared, runs, jax.devices()[:2], limit, keep)
+
+    data = 4 * ROWS * WIDTH
+    assert chosen() == (8, 64)
+    assert chosen(runs=10) == (5, 10)  # two devices, five runs each: one even group
+    assert chosen(runs=18) == (5, 18)  # nine each: two groups of five and four
+    assert chosen(pools={"tokens": np.zeros((1, ROWS, 10**4), np.int32)}) == (1, 64)
+    assert chosen(bytes_=data + 2 * 3 * live + 8)[0] == 3
+    assert chosen(bytes_=data + 2 * 3 * live + 8, shared={"frozen": np.zeros(live, "i4")})[0] == 1
+    assert chosen(bytes_=data + 2 * 12 * kept) == (2, 24)  # twelve done, two in training
+    assert chosen("vmap", bytes_=0) == (32, 64) and chosen("vmap", limit=5)[0] == 5
+    assert chosen("map", bytes_=0) == (1, 64)
+
+
+def test_short_memory_gives_the_same_runs_in_several_launches(monkeypatch, params):
+    call = partial(population, NAIVE, params, table(), TUNE, range(7), devices=jax.devices()[:1])
+    whole = call()
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    data = table().batch(range(ROWS))
+    fixed = sum(leaf.nbytes for leaf in jax.tree.leaves(data)) + 4 * (7 * 10 * 8 + ROWS + 2)
+    fixed += 4 * weights  # the shared start
+    monkeypatch.setattr(rules, "room", lambda device: fixed + 2 * 12 * weights * 4)
+    seen, program = [], module._program
+    monkeypatch.setattr(module, "_program", lambda plan: seen.append(plan) or program(plan))
+    parts = call(keep_state=True)
+    assert (seen[0].width, seen[0].chunk) == (2, 2)
+    same((parts.params, parts.metrics), (whole.params, whole.metrics))
+    assert parts.states.opt and whole.states is None
+
+
+def test_a_run_split_out_is_a_finished_fit(tmp_path, params, tables):
+    """``fit`` finds the run done: same weights, optimiser's state and rows, no further update."""
+    rates = [0.05, 0.01, 0.02]
+    runs = population(
+        NAIVE, params, tables, TUNE, SEEDS, hyper={"lr": rates}, keep_state=True, mode="vmap"
+    )
+    tune = dataclasses.replace(TUNE, lr=rates[2])
+    split.write_run(runs, 2, tmp_path / "run", tables[2], tune, SEEDS[2])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+
+    again = partial(fit, NAIVE, params, tables[2], key=jax.random.key(SEEDS[2]), progress=False)
+    state = again(tune=tune, workdir=tmp_path / "run")
+    assert int(state.step) == 10
+    jax.tree.map(np.testing.assert_array_equal, state.params, runs.run(2)[0])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == lines
+    again(tune=tune, workdir=tmp_path / "own")
+    theirs = (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()
+    for a, b in zip(map(json.loads, lines), map(json.loads, theirs), strict=True):
+        assert a.keys() == b.keys()
+        same([a[name] for name in a], [b[name] for name in a], 1e-4)
+    with pytest.raises(UserError, match="other settings: lr"):
+        again(tune=TUNE, workdir=tmp_path / "run")
+    with pytest.raises(UserError, match="already"):
+        split.write_run(runs, 1, tmp_path / "run", tables[1], tune, SEEDS[1])
+    with pytest.raises(UserError, match="keep_state"):
+        plain = dataclasses.replace(runs, states=None)
+        split.write_run(plain, 1, tmp_path / "x", tables[1], tune, SEEDS[1])
+    with pytest.raises(UserError, match="broke"):
+        broken = dataclasses.replace(runs, failed=(1,))
+        split.write_run(broken, 1, tmp_path / "x", tables[1], tune, SEEDS[1])
