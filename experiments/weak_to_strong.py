@@ -240,7 +240,7 @@ def plan(cfg: Config) -> Draft:
         length=cfg.length,
         feature=kind,
         alone=params_count(known[name]) <= w2s.SERIAL,
-        flags={"micro": "--strong-tune.micro", "batch": "--strong-tune.batch"},
+        flags={name: f"--strong-tune.{name}" for name in ("micro", "moments", "batch")},
         name=name,
     )
 

@@ -310,7 +310,7 @@ def _costs(options: Options) -> list[tuple[float, str, Any]]:
     stricter = order[order.index(options.remat) + 1 :] if options.remat in order else ("full",)
     remat = {"attention": 15, "full": 30}
     return [
-        *((2.0 * i, "micro", options.micro * 2**i) for i in (1, 2, 3)),
+        *((2.0 * i, "micro", options.micro * 2**i) for i in (1, 2, 3, 4)),
         *([(3.0, "moments", "bfloat16")] if options.moments != "bfloat16" else []),
         *((float(cost), "remat", name) for name, cost in remat.items() if name in stricter),
         *([(25.0, "offload", True)] if not options.offload else []),
