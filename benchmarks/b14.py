@@ -127,7 +127,7 @@ def data(case: Case, vocab: int) -> list[Any]:
         texts = ([pair[name] for pair in made] for name in ("prompt", "chosen", "rejected"))
         return pack_pairs(*texts, per_row=2, classes=1, multiple=16 if case.tiny else 128)
     rng = np.random.default_rng(0)
-    sizes = np.clip(rng.lognormal(np.log(length / 6), 0.6, 8 * count), 8, length).astype(int)
+    sizes = np.clip(rng.lognormal(np.log(length / 6), 0.6, 8 * count), 8, length // 2).astype(int)
     keep = np.cumsum(sizes) <= 0.97 * count * length
     documents = [(rng.integers(FIRST, vocab, size), None) for size in sizes[keep]]
     return [with_rows(with_targets(pack(documents, length)))]

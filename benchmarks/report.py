@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -33,7 +34,8 @@ def disagreement(results: Sequence[Result], agree: Mapping[str, float]) -> str:
         if not values:
             continue
         low, high = min(values.values()), max(values.values())
-        if not high - low <= tolerance * max(abs(low), abs(high)):
+        finite = all(map(math.isfinite, values.values()))
+        if not finite or high - low > tolerance * max(abs(low), abs(high)):
             shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
             return f"the sides disagree in {key}: {shown}; no ratio means anything"
     return ""
