@@ -312,6 +312,12 @@ def _tensors(folder, change):
     save_file(content, folder / "model.safetensors")
 
 
+def _infinite(content):
+    name = "model.layers.0.mlp.up_proj.weight"
+    content[name] = content[name].astype(jnp.bfloat16)
+    content[name][1, 2] = -np.inf
+
+
 def _lost_shard(folder):
     model, params = transformer(SMALL), transformer(SMALL).init(jax.random.key(0))
     hf.export(model, params, folder, _words(), max_shard=4_000)
@@ -330,6 +336,14 @@ BROKEN = {
     "fewer layers": (lambda f: _edit(f, num_hidden_layers=2), "9 tensors do not belong"),
     "untied": (lambda f: _edit(f, tie_word_embeddings=False), "lack tensor lm_head.weight"),
     "extra": (lambda f: _tensors(f, lambda t: t.update(x=t["model.norm.weight"])), r"\(x\)"),
+    "nan": (
+        lambda f: _tensors(f, lambda t: t["model.norm.weight"].__setitem__(3, np.nan)),
+        "tensor model.norm.weight holds NaN or infinity",
+    ),
+    "infinity in bfloat16": (
+        lambda f: _tensors(f, _infinite),
+        r"tensor model.layers.0.mlp.up_proj.weight holds NaN or infinity",
+    ),
     "lost shard": (_lost_shard, "is missing"),
     "bad index": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),

@@ -161,6 +161,8 @@ def _padded_part(
 ) -> np.ndarray:
     """``_part`` of a leaf whose ``shape`` has zeros beyond its ``real`` shape."""
     bounds = [w.indices(size)[:2] for w, size in zip(index, shape.shape, strict=True)]
+    if any(a >= n for (a, _), n in zip(bounds, real, strict=True)):
+        return np.zeros([b - a for a, b in bounds], shape.dtype)  # a shard of padding alone
     inside = [(min(a, n), min(b, n)) for (a, b), n in zip(bounds, real, strict=True)]
     part = _part(stored, tensor, leaf, real, tuple(slice(*pair) for pair in inside))
     missing = [(0, b - a - n) for (a, b), n in zip(bounds, part.shape, strict=True)]
