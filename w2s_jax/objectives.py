@@ -82,7 +82,7 @@ def prefer(
 
     Args:
       length_mean: losses see log-probabilities per token of the response rather than sums.
-      reference: ``"column"`` reads ``ref`` (sums in nats, see ``annotate.add_reference``); a
+      reference: ``"column"`` reads ``ref`` (sums in nats, see ``columns.add_reference``); a
         model computes it in every step from ``state.frozen["ref"]`` or, for adapters,
         ``state.frozen["base"]``; ``"none"`` for losses without one (they see zeros).
 
@@ -154,7 +154,7 @@ def distill(
             if "targets" not in batch:
                 theirs = jax.tree.map(lambda leaf: leaf[:, :-1], theirs)
         else:
-            raise UserError("distill needs a live teacher or the column 'teacher' (data.teachers)")
+            raise UserError("distill needs a live teacher or the column 'teacher' (columns.add_teacher)")
         total, _ = token_divergence(
             (mine.hidden, mine.unembed),
             theirs,
@@ -253,7 +253,7 @@ def _reference(
     if reference == "none":
         return jnp.zeros((*pairs["weight"].shape, 2), jnp.float32)
     if "ref" not in pairs:
-        raise UserError("prefer needs reference log-probabilities: see annotate.add_reference")
+        raise UserError("prefer needs reference log-probabilities: see columns.add_reference")
     return pairs["ref"]
 
 
