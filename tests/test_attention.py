@@ -165,3 +165,19 @@ def test_rows_that_do_not_fit_are_refused():
         model.apply(params, _tokens()[:, :5], rows=rows)
     with pytest.raises(UserError, match="rows and a cache exclude each other"):
         model.apply(params, _tokens(), rows=rows, cache=init_cache(LLAMA, 1, 8))
+
+
+def test_a_kernel_named_in_the_config_is_the_one_asked(monkeypatch):
+    from w2s_jax.models import backends
+
+    model = transformer(dataclasses.replace(LLAMA, attention="cudnn"))
+    params = jax.eval_shape(model.init, jax.random.key(0))  # any device can make the weights
+    with pytest.raises(UserError, match="attention='cudnn' cannot serve this batch"):
+        jax.eval_shape(model.apply, params, _tokens()[:, :8])
+    asked = []
+    plain = backends.xla
+    monkeypatch.setattr(backends, "choose", lambda name, *_: asked.append(name) or "xla")
+    monkeypatch.setattr(backends, "xla", lambda q, *rest: asked.append(q.shape) or plain(q, *rest))
+    rows, _ = _pairs()
+    jax.eval_shape(lambda p: model.apply(p, _tokens(), rows=rows).hidden, params)
+    assert asked[:2] == ["cudnn", (4, 7, 4, 4)]  # four rows of seven places, heads of four

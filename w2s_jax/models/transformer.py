@@ -49,8 +49,8 @@ def transformer(config: Config) -> Model:
     int arrays. Tokens of different ``segment`` never see each other (0 is padding); ``position``
     defaults to the distance from the start of the segment. ``rows`` (``take`` [B,R,L], ``back``
     [B,T,O]: see ``attention.Rows``) says instead who sees whom, so that a token may stand in
-    several causal rows. With a ``cache`` (``init_cache``) the tokens
-    follow those already in it and ``Output.cache`` is the extended cache.
+    several causal rows. With a ``cache`` (``init_cache``) the tokens follow those already in it
+    and ``Output.cache`` is the extended cache.
     """
     module = Decoder(config)
     axes = jax.tree.map(lambda box: box.names, _boxed(config), is_leaf=_is_box)
@@ -258,7 +258,8 @@ class Block(nn.Module):
         k, v = (_constrain(y, "batch", None, "act_heads", None) for y in (k, v))  # whole rows
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         if pair is None:
-            y = mix(config.attention, q, k, v, scope)
+            asked = "xla" if self.is_initializing() else config.attention  # one token: no kernel's
+            y = mix(asked, q, k, v, scope)
         else:
             pair = extend(*pair, k, v)
             y = attend(q, pair[0].swapaxes(2, 3), pair[1], scope.mask)
