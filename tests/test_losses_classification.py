@@ -7,6 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from w2s_jax.errors import UserError
+from w2s_jax.losses import classification as module
 from w2s_jax.losses.classification import (
     aux_confidence,
     confidence_window,
@@ -110,6 +111,17 @@ def test_quantile_threshold_gives_exactly_the_weak_share(positives):
     q1 = jnp.full((8,), positives / 8)
     t = quantile_threshold(jnp.stack([1 - p1, p1], 1), jnp.stack([1 - q1, q1], 1))
     assert int((p1 > t).sum()) == positives
+
+
+@pytest.mark.parametrize("size", [1, 5, 32, 300])
+def test_order_statistics_equal_those_of_a_sort(size):
+    values = jnp.round(jax.random.uniform(jax.random.key(size), (size,)), 2)  # with ties
+    ordered = [-jnp.inf, *jnp.sort(values), jnp.inf]
+    for place in (-1, 0, size // 2, size - 1, size):
+        assert module._ordered(values, jnp.int32(place)) == ordered[place + 1]
+    for share in (0.0, 0.37, 0.5, 1.0):
+        got = module._quantile(values, jnp.float32(share))
+        np.testing.assert_allclose(got, jnp.quantile(values, share), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [4, 7, 32])

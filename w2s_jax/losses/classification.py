@@ -49,9 +49,8 @@ def quantile_threshold(probs: Array, labels: Array) -> Array:
     """
     batch = probs.shape[0]
     positive = jnp.round(labels[:, 1].mean() * batch).astype(jnp.int32)
-    edge = jnp.array([jnp.inf], probs.dtype)
-    ordered = jnp.concatenate([-edge, jnp.sort(probs[:, 1]), edge])
-    return (ordered[batch - positive] + ordered[batch - positive + 1]) / 2
+    below = batch - positive
+    return (_ordered(probs[:, 1], below - 1) + _ordered(probs[:, 1], below)) / 2
 
 
 def half_threshold(probs: Array, labels: Array) -> Array:
@@ -119,8 +118,31 @@ def logconf(logits: Array, labels: Array, *, alpha: Array | float) -> Array:
         raise UserError(f"logconf needs 2 classes, got {logits.shape[-1]}; use aux_confidence")
     probs = jax.nn.softmax(logits.astype(jnp.float32))
     share = labels.astype(jnp.float32).mean(0)[1]
-    first = probs[:, 0] >= jnp.quantile(probs[:, 0], jnp.clip(share, 0.0, 1.0))
+    first = probs[:, 0] >= _quantile(probs[:, 0], jnp.clip(share, 0.0, 1.0))
     return _mixed_xent(logits, labels, jnp.stack([first, ~first], axis=1), alpha)
+
+
+def _quantile(values: Array, share: Array) -> Array:
+    """``jnp.quantile`` of [B] with linear interpolation, by counting (see ``_ordered``)."""
+    place = share * (values.shape[0] - 1)
+    low = jnp.floor(place)
+    high = place - low
+    below, above = (_ordered(values, x.astype(jnp.int32)) for x in (low, jnp.ceil(place)))
+    return below * (1 - high) + above * high
+
+
+def _ordered(values: Array, place: Array) -> Array:
+    """What stands at ``place`` [] (from 0) of ``values`` [B] in ascending order; -inf before the
+    first, inf after the last.
+
+    A few hundred values are compared all with all instead of sorted: on a CPU the sort of 32
+    predictions is a fifth of the whole update of a small probe, the comparisons almost nothing.
+    """
+    if values.shape[0] <= 256:
+        upto = (values[None] <= values[:, None]).sum(1)
+        return jnp.where(place < 0, -jnp.inf, jnp.where(upto > place, values, jnp.inf).min())
+    edge = jnp.array([jnp.inf], values.dtype)
+    return jnp.concatenate([-edge, jnp.sort(values), edge])[place + 1]
 
 
 def product(
