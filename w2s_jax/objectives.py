@@ -154,7 +154,9 @@ def distill(
             if "targets" not in batch:
                 theirs = jax.tree.map(lambda leaf: leaf[:, :-1], theirs)
         else:
-            raise UserError("distill needs a live teacher or the column 'teacher' (columns.add_teacher)")
+            raise UserError(
+                "distill needs a live teacher or the column 'teacher' (columns.add_teacher)"
+            )
         total, _ = token_divergence(
             (mine.hidden, mine.unembed),
             theirs,
