@@ -201,3 +201,14 @@ def test_context_axis_splits_the_rows_of_every_activation():
     # 4 rows x 16 tokens x the width of the feed-forward (48) never whole on one device
     assert "f32[4,2,48]" in text and "f32[4,16,48]" not in text and "f32[64,48]" not in text
     assert "f32[4,4,2,16]" in text  # scores of own queries over all keys, per head
+
+
+def test_attention_rows_of_a_batch_stay_on_their_device():
+    model, params, batch, loss = _language("rows")
+    mesh = make_mesh("data=4", jax.devices()[:4])
+    with meshes.rules_context(mesh):
+        placed = jax.device_put(batch, meshes.batch_sharding(mesh))
+        program = jax.jit(jax.grad(loss)).lower(meshes.replicate(params, mesh), placed).compile()
+    text = program.as_text()
+    found = {kind for kind in ("all-gather", "all-to-all", "permute", "all-reduce") if kind in text}
+    assert found == {"all-reduce"}  # the gradients of the weights and nothing else
