@@ -275,7 +275,7 @@ def advise(
 ) -> Iterator[tuple[str, Plan]]:
     """The ``want`` cheapest changes under which ``draft`` fits, as (flags, plan); each compiled.
 
-    At most ``most`` are compiled; more of what already fits is left out.
+    At most ``most`` are compiled to the end; more of what already fits is left out.
     """
     fitting: list[Mapping[str, Any]] = []
     tried = 0
@@ -291,7 +291,7 @@ def advise(
             found = plan(recipe, where, mesh)
         except UserError:
             continue  # parts that do not divide the batch, or not over the devices
-        tried += 1
+        tried += found.sizes.arguments > 0  # a refusal takes seconds
         if found.fits:
             fitting.append(change)
             yield " ".join(_said(draft.flags[k], v) for k, v in change.items()), found
