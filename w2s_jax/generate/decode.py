@@ -128,8 +128,9 @@ def programs(model: Model, vocab: int, every: int, score: bool) -> Programs:
         return Lanes(place(lanes.cache, new.cache, source), hidden)
 
     @partial(jax.jit, static_argnums=3)
-    def move(lanes: Lanes, rows: Array, index: Array, length: int) -> Lanes:
-        return Lanes(settle(lanes.cache, rows, index, length), lanes.hidden[rows])
+    def move(lanes: Lanes, rows: Array | None, index: Array, length: int) -> Lanes:
+        hidden = lanes.hidden if rows is None else lanes.hidden[rows]
+        return Lanes(settle(lanes.cache, rows, index, length), hidden)
 
     @partial(jax.jit, donate_argnums=1)
     def advance(params, lanes, who, key, numbers, stop, limits) -> tuple[Lanes, Drawn]:

@@ -116,12 +116,12 @@ class _Slots:
         source = np.full(len(self.here), -1, np.int32)
         if self.lanes is None:
             self.index = read.length
-            self.length = bucket(self.index + min(self.task.every, self.task.tokens))
+            self.length = bucket(self.index + self._steps(2))
             self.lanes = self.run.empty(
                 len(self.here), self.length, np.int32(self.index), read.lanes.hidden
             )
         elif self.index < read.length:
-            self._move(range(len(self.here)), max(self._longest(), read.length))
+            self._move(max(self._longest(), read.length))
         for slot in free[: len(read.waiting)]:
             self.here[slot], source[slot] = read.waiting.popleft()
         self.lanes = self.run.enter(self.lanes, read.lanes, source)
@@ -133,29 +133,30 @@ class _Slots:
         if not alive or len(alive) > size:
             return
         dead = [slot for slot, row in enumerate(self.here) if row is None]
-        self._move([*alive, *dead][:size], self._longest())
+        self._move(self._longest(), [*alive, *dead][:size])
         self.here = [self.here[slot] for slot in [*alive, *dead][:size]]
 
     def _longest(self) -> int:
         prompts = self.task.prompts
         return max((len(prompts[r.prompt]) + len(r.ids) for r in self.here if r), default=0)
 
-    def _steps(self) -> int:
-        """Steps until the host should look, or until every row must have ended."""
-        most = self.task.tokens - min(len(row.ids) for row in self.here if row)
-        return min(self.task.every, most)
+    def _steps(self, looks: int = 1) -> int:
+        """Steps of so many looks of the host, or fewer where every row must have ended by then."""
+        least = min((len(row.ids) for row in self.here if row), default=0)
+        return min(self.task.every * looks, self.task.tokens - least)
 
-    def _move(self, slots: Sequence[int], index: int) -> None:
-        rows, self.index = np.array(slots, np.int32), index
-        self.length = bucket(index + self._steps() if any(self.here) else index + self.task.every)
+    def _move(self, index: int, slots: Sequence[int] | None = None) -> None:
+        """Make room for two looks: the cache then stands at ``index`` and has these slots."""
         assert self.lanes is not None
+        self.index, self.length = index, bucket(index + self._steps(2))
+        rows = None if slots is None else np.array(slots, np.int32)
         self.lanes = self.run.move(self.lanes, rows, np.int32(index), self.length)
 
     def advance(self) -> None:
         """Draw some tokens for all rows and take note of them."""
         steps = self._steps()
         if self.index + steps > self.length:
-            self._move(range(len(self.here)), self._longest())
+            self._move(self._longest())
         waits = bool(self.order or (self.read and self.read.waiting))
         limits = dict(
             steps=steps,

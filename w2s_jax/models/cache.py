@@ -96,23 +96,24 @@ def place(cache: Cache, prompts: Cache, source: Array) -> Cache:
     )
 
 
-def settle(cache: Cache, rows: Array, index: Array, length: int) -> Cache:
-    """The rows ``rows`` [B'] of a cache, moved to ``length`` slots so that it stands at ``index``.
+def settle(cache: Cache, rows: Array | None, index: Array, length: int) -> Cache:
+    """Rows ``rows`` [B] of a cache (None: all), moved to ``length`` slots; it stands at ``index``.
 
     What lies before the first slot then is lost: ``index`` is at least the longest row.
     """
     shift = cache.index - index
+    taken = slice(None) if rows is None else rows
 
     def move(old: Array, axis: int) -> Array:
         pad = [(0, 0)] * old.ndim
         pad[axis] = (length, length)
-        wide = jnp.pad(old[rows], pad)
+        wide = jnp.pad(old[taken], pad)
         return jax.lax.dynamic_slice_in_dim(wide, length + shift, length, axis)
 
     return Cache(
         layers=tuple((move(keys, 3), move(values, 2)) for keys, values in cache.layers),
         segment=move(cache.segment, 1),
-        position=cache.position[rows],
+        position=cache.position[taken],
         index=jnp.asarray(index, jnp.int32),
     )
 
