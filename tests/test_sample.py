@@ -9,7 +9,8 @@ import pytest
 
 from w2s_jax.data import arithmetic
 from w2s_jax.errors import UserError
-from w2s_jax.generate.sample import BUCKET, complete, sample
+from w2s_jax.generate.decode import STEP as BUCKET
+from w2s_jax.generate.sample import complete, sample
 from w2s_jax.models.transformer import Config, decode, init_cache, transformer
 from w2s_jax.types import Model, Output
 

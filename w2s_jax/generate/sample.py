@@ -11,13 +11,11 @@ import numpy as np
 from w2s_jax.errors import UserError
 from w2s_jax.generate import slots
 from w2s_jax.generate.choose import rule
-from w2s_jax.generate.decode import STEP, prepare, programs
+from w2s_jax.generate.decode import prepare, programs
 from w2s_jax.generate.slots import Row
 from w2s_jax.mesh import rules_context
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.types import Array, Model, Params, Table
-
-BUCKET = STEP
 
 
 def draw(

@@ -48,10 +48,13 @@ def init_cache(config: Config, batch: int, length: int) -> Cache:
 
 def empty_cache(config: Config, batch: int, length: int) -> Cache:
     """The same without the limit: rows that take turns in it may share more slots than one has."""
-    sizes = (config.head_dim, length), (length, config.head_dim)
+    keys, values = (
+        (batch, config.kv_heads, *size)
+        for size in ((config.head_dim, length), (length, config.head_dim))
+    )
     return Cache(
         layers=tuple(
-            tuple(jnp.zeros((batch, config.kv_heads, *size), config.dtype) for size in sizes)
+            (jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype))
             for _ in range(config.layers)
         ),
         segment=jnp.zeros((batch, length), jnp.int32),
