@@ -32,7 +32,7 @@ def sft(
     rows = [_labelled(row) for row in world.rows(**_data(data))]
     flags = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, **flags}
     model = _model(folder)
-    info = {"idle": memory("VmRSS")}
+    info: dict[str, float] = {"idle": memory("VmRSS")}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**_arguments(batch), **flags),
@@ -63,7 +63,7 @@ def dpo(
     from trl import DPOConfig, DPOTrainer
 
     model, other = _model(folder), _model(reference) if reference else None
-    info = {"idle": memory("VmRSS")}
+    info: dict[str, float] = {"idle": memory("VmRSS")}
 
     class Trainer(DPOTrainer):
         """Takes rows of token ids as they are, and times the reference pass."""
@@ -118,7 +118,7 @@ def gkd(
 
     settings = {"lmbda": 0.0, "beta": beta, "temperature": 1.0, "seq_kd": False}
     model, large = _model(folder), _model(teacher)
-    info = {"idle": memory("VmRSS")}
+    info: dict[str, float] = {"idle": memory("VmRSS")}
     trainer = GKDTrainer(
         model=model,
         teacher_model=large,
