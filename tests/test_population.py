@@ -240,7 +240,7 @@ def test_bad_calls_are_refused(change, words, params):
 
 
 def test_auto_groups_small_updates_and_what_fits(monkeypatch, params):
-    """By arithmetic: groups of 8 below a million multiplications, fewer where memory is short."""
+    """By arithmetic: groups of four million multiplications, fewer where memory is short."""
     tx = optimizer(TUNE, 10)
     state = jax.eval_shape(lambda p: start(p, tx, 10), params)
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -248,15 +248,18 @@ def test_auto_groups_small_updates_and_what_fits(monkeypatch, params):
     live, kept = 4 * (2 * weights + opt), 4 * weights
     pools = {"features": np.zeros((1, ROWS, WIDTH), np.float32)}
 
-    def chosen(mode="auto", runs=64, bytes_=1e12, limit=None, pools=pools, keep=False, shared=None):
+    def chosen(mode="auto", runs=64, bytes_=1e12, limit=None, pools=pools, rows=8, shared=None):
         monkeypatch.setattr(rules, "room", lambda device: bytes_)
         shared = {"pools": pools, **(shared or {})}
-        return groups(mode, state, 8, shared, runs, jax.devices()[:2], limit, keep)
+        return groups(mode, state, rows, shared, runs, jax.devices()[:2], limit, False)
 
     data = 4 * ROWS * WIDTH
-    assert chosen() == (8, 64)
+    assert chosen() == (32, 64)
     assert chosen(runs=10) == (5, 10)  # two devices, five runs each: one even group
-    assert chosen(runs=18) == (5, 18)  # nine each: two groups of five and four
+    assert chosen(runs=200) == (25, 200)  # a hundred each: four even groups
+    assert chosen(rows=4_000_000 // weights // 8)[0] == 8
+    base = {"frozen": np.zeros(10**6, "i1")}
+    assert chosen(rows=4_000_000 // weights)[0] == chosen(rows=1, shared=base)[0] == 1
     assert chosen(pools={"tokens": np.zeros((1, ROWS, 10**4), np.int32)}) == (1, 64)
     assert chosen(bytes_=data + 2 * 3 * live + 8)[0] == 3
     assert chosen(bytes_=data + 2 * 3 * live + 8, shared={"frozen": np.zeros(live, "i4")})[0] == 1

@@ -6,19 +6,26 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 from w2s_jax.types import State, Tree
 
 MODES = ("auto", "vmap", "batched", "map", "serial")
 BATCHED = 8
 
-# Below so many multiplications per update (weights x rows x tokens) "auto" groups the runs. CPU:
-# MLP heads of 64 inputs, 200 updates of 32 rows, 64 runs, one core of an AMD EPYC; microseconds per
-# run and update, one at a time / groups of 8 / all at once:
-#   0.04M  16.4 / 10.3 / 10.0      0.27M  26.9 / 21.0      0.8M  52.7 / 50.5 / 70.9
-# Transformers of 7k weights and more, on two cores: groups cost 10 to 17 %. Accelerators: a guess,
-# not measured; one small run leaves the chip idle.
-SMALL = {"cpu": (1_000_000, "batched"), "other": (10_000_000_000, "vmap")}
+# What "auto" goes by: the multiplications of an update (weights x rows x tokens). A group makes up
+# to TOGETHER of them, in at most 32 runs, where an update makes less than SMALL. Measured on one
+# core of an AMD EPYC, MLP heads of 64 inputs, 200 updates of 32 rows, 64 runs: microseconds per run
+# and update in groups of
+#            1      8     32     64
+#   0.04M  14.5    9.5    8.4    7.9-8.7
+#   0.10M  17.8   10.7   10.4
+#   0.27M  26.9   21.0
+#   0.80M  52.7   51.2 (4: 50.1)  71
+# Transformers of 7k weights and more, on two cores: groups cost 10 to 17 %.
+TOGETHER, SMALL, MOST = 4_000_000, 1_000_000, 32
+# Accelerators, a guess that was not measured: all at once, as one small run leaves the chip idle.
+SMALL_THERE = 10_000_000_000
 
 
 def groups(
@@ -45,20 +52,27 @@ def groups(
       limit: the caller's own largest group.
     """
     each = -(-runs // len(devices))
+    widths = {"vmap": each, "batched": BATCHED, "map": 1}
+    fits = launch = each
     if mode == "auto":
-        small, group = SMALL.get(jax.default_backend(), SMALL["other"])
-        weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        mode = group if weights * rows * _tokens(shared["pools"]) < small else "map"
+        frozen = jax.tree.leaves(shared.get("frozen"))
+        weights = sum(np.size(leaf) for leaf in [*jax.tree.leaves(state.params), *frozen])
+        widths["auto"] = _fastest(weights * rows * _tokens(shared["pools"]), each)
         half = max(room(devices[0]) - _bytes(shared), 0) // 2
         fits = max(1, half // max(_bytes((state.params, state.params, state.opt, state.memory)), 1))
         kept = _bytes((state.params, state.opt, state.memory) if keep_state else state.params)
         launch = max(1, half // max(kept, 1))
-    else:
-        fits = launch = each
-    width = min({"vmap": each, "batched": BATCHED, "map": 1}[mode], fits, each, limit or each)
+    width = min(widths[mode], fits, each, limit or each)
     if launch < each:
         each = max(width, launch // width * width)
     return -(-each // -(-each // width)), each * len(devices)
+
+
+def _fastest(products: int, each: int) -> int:
+    """Runs of a group, from the multiplications of one run's update."""
+    if jax.default_backend() != "cpu":
+        return each if products < SMALL_THERE else 1
+    return min(MOST, TOGETHER // max(products, 1)) if products < SMALL else 1
 
 
 def _tokens(pools: Tree) -> int:

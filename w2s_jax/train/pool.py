@@ -28,7 +28,9 @@ def arguments(
     numbers = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
     words = _words(list(numbers))
     orders = [_order(tuple(map(int, w)), rows.shape[1], batch, steps) for w in words]
-    kept, place = np.unique(rows, axis=0, return_inverse=True)
+    kept, place = rows, np.zeros(1, np.int32)
+    if len(rows) > 1:
+        kept, place = np.unique(rows, axis=0, return_inverse=True)
     batches = [device_columns(table) for table in tables]
     tree = jax.tree.structure(batches[0])
     pools = [_pool(leaves) for leaves in zip(*map(jax.tree.leaves, batches), strict=True)]

@@ -149,7 +149,7 @@ def population(
     each["hyper"] = hyper
     if not callable(params):
         (each if stacked else shared)["params"] = params
-    state = _shapes(params, stacked, tune, steps, axes, memory)
+    state = _shapes(params, stacked, (tune, steps, _freeze(axes)), memory)
     size = tune.batch // tune.micro
     width, chunk = groups(mode, state, size, shared, len(seeds), devices, runs_at_once, keep_state)
     plan = _Plan(
@@ -269,17 +269,29 @@ def _run(plan: _Plan, shared: Tree, mine: Tree) -> tuple[State, dict[str, Array]
     return state if plan.keep_state else dataclasses.replace(state, opt=(), memory=()), lines, curve
 
 
-def _shapes(params: Any, stacked: bool, tune: Tune, steps: int, axes: Tree, memory: Tree) -> State:
-    """Shapes of one run's state."""
-
-    def begin(params: Any, memory: Tree) -> State:
-        params = params(jax.random.key(0)) if callable(params) else params
-        params = jax.tree.map(lambda leaf: leaf[0] if stacked else jnp.asarray(leaf), params)
-        return start(params, optimizer(tune, steps, axes), steps, memory=memory)
-
+def _shapes(params: Any, stacked: bool, plan: tuple[Tune, int, Any], memory: Tree) -> State:
+    """Shapes of one run's first state."""
     if callable(params):
-        return jax.eval_shape(partial(begin, params), memory)
-    return jax.eval_shape(begin, params, memory)
+        params = _drawn(params)
+    else:
+        params = jax.eval_shape(lambda tree: tree, params)
+        first = 1 if stacked else 0
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[first:], leaf.dtype), params
+        )
+    leaves, tree = jax.tree.flatten(params)
+    return dataclasses.replace(_begun(tuple(leaves), tree, *plan), memory=memory)
+
+
+@lru_cache(maxsize=64)
+def _drawn(init: Callable[[Array], Params]) -> Tree:
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+@lru_cache(maxsize=64)
+def _begun(leaves: tuple[Any, ...], tree: Any, tune: Tune, steps: int, axes: Any) -> State:
+    tx = optimizer(tune, steps, _thaw(axes))
+    return jax.eval_shape(lambda p: start(p, tx, steps), jax.tree.unflatten(tree, leaves))
 
 
 def _bounds(steps: int, points: int, first: bool) -> np.ndarray:
