@@ -1,24 +1,20 @@
 """Plans: what a compiled step needs, without running it and, for TPUs, without having one."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from w2s_jax import mesh as meshes
 from w2s_jax.errors import UserError
 from w2s_jax.models.config import Config, flops_per_token
-from w2s_jax.models.shapes import SHAPES, shape
 from w2s_jax.models.transformer import params_count, transformer
 from w2s_jax.objectives import language
 from w2s_jax.train import drafts
 from w2s_jax.train import plan as plans
-from w2s_jax.train.collectives import Traffic, traffic
 from w2s_jax.train.drafts import draft
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
@@ -34,48 +30,6 @@ def drawn(method: str = "sft", tune: Tune = TUNE, config: Config = TINY, **more)
     """The recipe of a tiny step."""
     one = draft(config, method, tune, length=more.pop("length", 32), **more)
     return one.build(one.options)
-
-
-# Names and shapes
-
-PUBLISHED = {  # parameters according to the models' cards and papers
-    "llama-3.1-8b": 8_030_261_248,
-    "llama-3.1-tulu-3-8b-sft": 8_030_326_784,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-1.5b": 1_543_714_304,
-    "qwen2.5-3b": 3_085_938_688,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen3-0.6b": 596_049_920,
-    "qwen3-1.7b": 1_720_574_976,
-    "qwen3-4b": 4_022_468_096,
-    "qwen3-8b": 8_190_735_360,
-    "olmo-2-7b": 7_298_617_344,
-    "olmo-2-13b": 13_716_198_400,
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-}
-
-
-def test_every_shape_has_its_published_size() -> None:
-    assert {name: params_count(config) for name, config in SHAPES.items()} == PUBLISHED
-
-
-def test_a_shape_by_name_or_from_a_file(tmp_path) -> None:
-    assert shape("meta-llama/Llama-3.1-8B") is SHAPES["llama-3.1-8b"]
-    assert shape("nano-1").width == 16
-    from w2s_jax.models.families import to_hf_config
-
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(to_hf_config(SHAPES["qwen2.5-7b"]) | {"model_type": "qwen2"}))
-    assert shape(str(path)) == SHAPES["qwen2.5-7b"]
-    with pytest.raises(UserError, match=r"'llama-3-8b'.*perhaps llama-3.1-8b"):
-        shape("llama-3-8b")
-    with pytest.raises(UserError, match="cannot read"):
-        shape(str(tmp_path / "none.json"))
 
 
 def test_topologies_are_read_or_refused_in_one_line() -> None:
@@ -307,63 +261,6 @@ def test_the_compilers_refusal_is_a_size() -> None:
     assert plans._needed(late) == GIB // 2
     assert plans._needed("RESOURCE_EXHAUSTED: other") == 0
     assert plans._needed("INVALID_ARGUMENT: Used 1G of") is None
-
-
-# Collectives
-
-
-def test_traffic_counts_what_a_loop_sends_every_turn() -> None:
-    mesh = meshes.make_mesh("fsdp=8")
-    rows, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-
-    def f(x, n):
-        def body(_, y):
-            total = jax.lax.with_sharding_constraint(y.sum(0), whole)  # [4]: one all-reduce a turn
-            return y + total[None]
-
-        return jax.lax.fori_loop(0, n, body, x)
-
-    x = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=rows)
-    text = jax.jit(f, static_argnums=1, out_shardings=rows).lower(x, 7).compile().as_text()
-    assert traffic(text) == {"all-reduce": Traffic(7, 7 * 16)}
-
-
-HLO = """HloModule m, is_scheduled=true
-
-%piece.1 (p: bf16[4]) -> bf16[32] {
-  ROOT %g.1 = bf16[32]{0:T(8)(2,1)} all-gather(%p), channel_id=3, dimensions={0}
-}
-
-%piece.2 (p: bf16[4]) -> bf16[32] {
-  ROOT %g.2 = bf16[32]{0} all-gather(%p), channel_id=3, dimensions={0}
-}
-
-%cond (c: (s32[], bf16[4])) -> pred[] {
-  %bound = s32[]{:T(128)} constant(5)
-  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
-}
-
-%body (c: (s32[], bf16[4])) -> (s32[], bf16[4]) {
-  %a = bf16[32]{0} fusion(%x), kind=kLoop, calls=%piece.1
-  %b = bf16[32]{0} fusion(%x), kind=kLoop, calls=%piece.2
-  %cp = (bf16[4]{0}, bf16[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=4
-  %cd = bf16[4]{0} collective-permute-done(%cp)
-}
-
-ENTRY %main (x: bf16[4]) -> bf16[4] {
-  %w = (s32[], bf16[4]{0}) while(%t), condition=%cond, body=%body
-  %r = (f32[10]{0}, f32[]) all-reduce(%y, %z), channel_id=9, to_apply=%add
-}
-"""
-
-
-def test_pieces_of_one_transfer_count_once_and_turns_are_read_from_the_condition() -> None:
-    assert traffic(HLO) == {
-        "all-gather": Traffic(5, 5 * 64),
-        "all-reduce": Traffic(1, 44),
-        "collective-permute": Traffic(5, 5 * 8),
-    }
 
 
 # The command
