@@ -194,17 +194,18 @@ class Decoder(nn.Module):
         config, block = self.config, Block(self.config, parent=None)
         index = None if cache is None else cache.index - x.shape[1]  # where these tokens start
 
-        def run(params, x, pair):
+        def run(params, x, rope, scope, pair):
             return block.apply({"params": params}, x, rope, scope, pair)
 
         if config.remat != "none" and cache is None:
             run = jax.checkpoint(run, policy=policy(config.remat))
+        run = jax.jit(run)  # traced, differentiated and lowered once for all layers
         pairs, layers = [], self.variables["params"]["layers"]
         if not isinstance(layers, tuple):
             layers = unstacked(layers, config.layers)
         for i, layer in enumerate(layers):
             pair = None if cache is None else (*cache.layers[i], index)
-            x, pair = run(layer, x, pair)
+            x, pair = run(layer, x, rope, scope, pair)
             pairs.append(pair)
         return x, tuple(pairs)
 
