@@ -37,7 +37,7 @@ def run(settings: Settings) -> dict[str, Any]:
         sides = [
             Side("torch", f"{here}torch_loop", few | threads, ("torch",)),
             Side(REPOSITORY, f"{here}torch_repository", few | threads, ("torch",)),
-            Side("ours, one by one", f"{here}ours_serial", size | {"runs": few_ours}),
+            Side("one by one", f"{here}ours_serial", size | {"runs": few_ours}),
             Side("ours", f"{here}ours", many),
         ]
         # what a block processes differs from side to side; one turn is one pass over its runs
