@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import world
 from benchmarks.harness import Settings, Side, alternate
-from benchmarks.ours import Clock, Run, load, loss
+from benchmarks.ours import Clock, Run, load, loss, packed
 from benchmarks.peer import NEEDS
 from benchmarks.report import report
 from benchmarks.turn import Turn
@@ -77,7 +77,7 @@ def stored(
     rows = world.rows(**data | {"lengths": world.Lengths(**data["lengths"])})
     model, params = load(folder)
     large, frozen = load(teacher)
-    parts = [packed(rows, batch)]
+    parts = packed(rows, batch)
     whole = distill(model, forward_kl, teacher=large)
     info = {"whole0": loss(whole, params, parts, 1, {"teacher": frozen})}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
@@ -91,28 +91,3 @@ def stored(
         del frozen
         run = Run(turn, 1, drop, units=len(rows), info=info)
         run.train(distill(model, top_k), params, model, made)
-
-
-def packed(rows: list[dict[str, list[int]]], batch: int, multiple: int = 32):
-    """``batch`` whole examples to a row, long ones beside short ones; completions are trained."""
-    import numpy as np
-
-    from w2s_jax.data.packing import with_rows, with_targets
-    from w2s_jax.types import Table
-
-    ordered = sorted(rows, key=lambda row: len(row["prompt"]) + len(row["completion"]))
-    count = len(rows) // batch
-    layers = [ordered[i * count : (i + 1) * count][:: 1 - 2 * (i % 2)] for i in range(batch)]
-    lines = [[layer[i] for layer in layers] for i in range(count)]
-    sizes = [[len(row["prompt"]) + len(row["completion"]) for row in line] for line in lines]
-    shape = (count, -(-max(map(sum, sizes)) // multiple) * multiple)
-    columns = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment", "position")}
-    mask = np.zeros(shape, np.float32)
-    for i, line in enumerate(lines):
-        for j, row in enumerate(line):
-            begin, end = sum(sizes[i][:j]), sum(sizes[i][: j + 1])
-            columns["tokens"][i, begin:end] = row["prompt"] + row["completion"]
-            columns["segment"][i, begin:end] = j + 1
-            columns["position"][i, begin:end] = np.arange(end - begin)
-            mask[i, begin + len(row["prompt"]) : end] = 1
-    return with_rows(with_targets(Table({**columns, "mask": mask})))

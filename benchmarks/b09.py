@@ -57,7 +57,7 @@ def ours(turn: Turn, folder: str, rows: str) -> None:
     began = time.perf_counter()
     import jax
 
-    from benchmarks.ours import load, tables
+    from benchmarks.ours import load, packed
     from w2s_jax.objectives import language
     from w2s_jax.train.fit import fit
     from w2s_jax.train.optim import Tune
@@ -65,7 +65,7 @@ def ours(turn: Turn, folder: str, rows: str) -> None:
 
     imported = time.perf_counter()
     with open(rows, encoding="utf-8") as file:
-        table = tables(json.load(file))
+        tables = packed(json.load(file), BATCH)
     model, params = load(folder)
     ready = time.perf_counter()
 
@@ -77,9 +77,9 @@ def ours(turn: Turn, folder: str, rows: str) -> None:
             os._exit(0)
         return {}
 
-    tune = Tune(lr=world.LR, batch=BATCH, steps=100, clip=world.CLIP)
+    tune = Tune(lr=world.LR, batch=1, steps=100, clip=world.CLIP)
     how = {"axes": model.axes, "evaluate": gate, "eval_every": 1, "progress": False}
-    fit(language(model), params, table, tune, jax.random.key(0), **how)
+    fit(language(model), params, tables, tune, jax.random.key(0), **how)
 
 
 def trl(turn: Turn, folder: str, rows: str, threads: int, vocab: int) -> None:

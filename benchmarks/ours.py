@@ -34,13 +34,13 @@ def sft(
     check: bool = True,
     out: str = "",
 ) -> None:
-    """Supervised fine-tuning of the completions, one row per example; prompts skip the head."""
+    """Supervised fine-tuning of the completions; prompts skip the vocabulary head."""
     from w2s_jax.objectives import language
 
     rows = world.rows(**_data(data))
     model, params = load(folder)
-    run = Run(turn, batch, drop, len(rows), check, out)
-    run.train(language(model), params, model, tables(rows))
+    run = Run(turn, 1, drop, len(rows), check, out)
+    run.train(language(model), params, model, packed(rows, batch))
 
 
 def dpo(
@@ -108,9 +108,9 @@ def kd(
     model, params = load(folder)
     large, frozen = load(teacher)
     divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or partial(jsd, beta=beta)
-    run = Run(turn, batch, drop, len(rows), check, out)
+    run = Run(turn, 1, drop, len(rows), check, out)
     objective = distill(model, divergence, teacher=large)
-    run.train(objective, params, model, tables(rows), {"teacher": frozen})
+    run.train(objective, params, model, packed(rows, batch), {"teacher": frozen})
 
 
 class Clock:
@@ -140,22 +140,18 @@ def _referenced(model: Any, params: Any, tables: list[Any]) -> tuple[list[Any], 
     return add_reference(model, params, tables, progress=False), clock.said("reference")
 
 
-def tables(rows: list[dict[str, list[int]]]) -> list[Any]:
-    """Rows of prompt and completion in at most four lengths, predicting the completion alone."""
-    import numpy as np
+def packed(rows: list[dict[str, list[int]]], batch: int) -> list[Any]:
+    """``batch`` whole examples to a row, completions trained: a row is an update."""
+    from w2s_jax.data.packing import pack_evenly
 
-    from w2s_jax.data.packing import buckets, with_targets
-    from w2s_jax.types import Table
-
-    shape = (len(rows), max(len(row["prompt"]) + len(row["completion"]) for row in rows))
-    columns = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment", "position")}
-    mask = np.zeros(shape, np.float32)
-    for i, row in enumerate(rows):
-        ids = row["prompt"] + row["completion"]
-        columns["tokens"][i, : len(ids)], columns["segment"][i, : len(ids)] = ids, 1
-        columns["position"][i, : len(ids)] = np.arange(len(ids))
-        mask[i, len(row["prompt"]) : len(ids)] = 1
-    return [with_targets(part) for part in buckets(Table({**columns, "mask": mask}))]
+    documents = [
+        (
+            row["prompt"] + row["completion"],
+            [0.0] * len(row["prompt"]) + [1.0] * len(row["completion"]),
+        )
+        for row in rows
+    ]
+    return pack_evenly(documents, batch)
 
 
 @dataclass

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax.data.packing import buckets, fill, length_classes, pack, with_rows, with_targets
+from w2s_jax.data.packing import (
+    buckets,
+    fill,
+    length_classes,
+    pack,
+    pack_evenly,
+    with_rows,
+    with_targets,
+)
 from w2s_jax.errors import UserError
 from w2s_jax.models.transformer import Config, transformer
 from w2s_jax.objectives import language
@@ -154,6 +162,18 @@ def test_rows_of_documents_change_nothing():
     given = with_rows(packed, multiple=4)
     assert given["rows"]["take"].shape[2] == 20
     (a, ga), (b, gb) = (language_loss([t]) for t in (packed, given))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ga, gb)
+
+
+def test_documents_packed_evenly_are_the_documents():
+    documents = [(ids, [0.0] + [1.0] * (len(ids) - 1)) for ids, _ in _documents(3, 61, 30)]
+    documents = [([t % 40 for t in ids], w) for ids, w in documents if len(ids) > 1]
+    tables = pack_evenly(documents, 4, classes=3, multiple=4)
+    assert len(tables) <= 3
+    assert sum(t["segment"].max(1).sum() for t in tables) == len(documents)
+    assert all((t["segment"].max(1) >= 1).all() and t["segment"].max() == 4 for t in tables)
+    (a, ga), (b, gb) = language_loss([pack(documents, 64)]), language_loss(tables)
     np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ga, gb)
 

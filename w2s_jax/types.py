@@ -41,7 +41,7 @@ COLUMNS: dict[str, Any] = {
     "chosen": {"tokens": ("int", "T"), "mask": ("float", "T"), "ref": ("float", "")},
     "rejected": {"tokens": ("int", "T"), "mask": ("float", "T"), "ref": ("float", "")},
     # M predictions: which place predicts, what, its loss weight, and which response it belongs to
-    "targets": {"at": ("int", "M"), "ids": ("int", "M"), "mask": ("float", "M"), "of": ("int", "M")},
+    "targets": dict.fromkeys(("at", "ids", "of"), ("int", "M")) | {"mask": ("float", "M")},
     # who attends to whom: R plain causal rows of L places each (-1: none), and for every token the
     # flat places r * L + l where it stands (-1: none); its output is read at the first
     "rows": {"take": ("int", "RL"), "back": ("int", "TO")},

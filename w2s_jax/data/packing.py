@@ -7,6 +7,7 @@ the first token of a document, which nothing precedes, always has mask 0.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -75,6 +76,80 @@ def pack(
         starts, sizes = _split(starts, sizes, length)
     row, offset, segment = _place(sizes, length, window)
     return _fill_rows(ids, weights, starts, sizes, row, offset, segment, length)
+
+
+def pack_evenly(
+    documents: Iterable[Document], per_row: int, *, classes: int = 4, multiple: int = 16
+) -> list[Table]:
+    """Pack ``per_row`` documents to a row, long beside short, in at most ``classes`` tables.
+
+    For fine-tuning, where an update is a number of examples: every row has as many of them, those
+    of a table are of similar length, and nothing is spent on prompts or padding. The tables have
+    the columns of ``pack``, and ``targets`` and ``rows`` (see ``with_targets``, ``with_rows``).
+
+    Raises:
+      UserError: see ``pack``; a row of documents on which nothing is trained.
+    """
+    if min(per_row, classes, multiple) < 1:
+        raise UserError("pack_evenly: per_row, classes and multiple must be at least 1")
+    ids, weights, sizes = _flatten(list(documents))
+    starts = np.cumsum(sizes) - sizes
+    trained = np.add.reduceat(weights > 0, starts)
+    ceiling = -(-sizes // multiple) * multiple
+    tables = []
+    for index in length_classes(ceiling, classes, least=8 * per_row, power=2):
+        source = balanced(sizes[index], np.maximum(trained[index], 1), per_row)
+        row, slot = np.nonzero(source >= 0)
+        which = index[source[row, slot]]
+        taken = np.where(source >= 0, sizes[index][source], 0)
+        offset = (np.cumsum(taken, axis=1) - taken)[row, slot]
+        length = -(-int(taken.sum(1).max()) // multiple) * multiple
+        placed = (starts[which], sizes[which], row, offset, (slot + 1).astype(np.int32))
+        packed = _fill_rows(ids, weights, *placed, length)
+        tables.append(with_rows(with_targets(packed, multiple=multiple), multiple=multiple))
+    return tables
+
+
+def balanced(tokens: np.ndarray, scored: np.ndarray, per_row: int) -> np.ndarray:
+    """Examples [n, per_row] of each row (-1: none): the longest left goes to the emptiest row.
+
+    A row is as full as its share of the tokens or of the predictions, whichever is more.
+    """
+    count = len(tokens)
+    rows = -(-count // per_row)
+    cost = np.stack([tokens / tokens.mean(), scored / scored.mean()], axis=1)
+    source = np.full((rows, per_row), -1, np.int64)
+    heap = [(0.0, i, 0, 0.0, 0.0) for i in range(rows)]  # fullness, row, pairs, tokens, scored
+    for pair in np.argsort(-cost.max(1), kind="stable").tolist():
+        _, row, held, a, b = heapq.heappop(heap)
+        source[row, held] = pair
+        a, b = a + cost[pair, 0], b + cost[pair, 1]
+        if held + 1 < per_row:
+            heapq.heappush(heap, (max(a, b), row, held + 1, a, b))
+    return _exchanged(source, np.concatenate([cost, np.zeros((1, 2))]))
+
+
+def _exchanged(source: np.ndarray, cost: np.ndarray, rounds: int = 16) -> np.ndarray:
+    """``source`` with pairs exchanged between full and empty rows where that evens them out.
+
+    In each round the fullest row meets the emptiest, the second fullest the second emptiest, and
+    they make the one exchange after which the fuller of the two is least full.
+    """
+    half = len(source) // 2
+    for _ in range(rounds if half else 0):
+        rank = np.argsort(-cost[source].sum(1).max(1), kind="stable")
+        high, low = rank[:half], rank[::-1][:half]
+        given = cost[source[high]][:, :, None] - cost[source[low]][:, None]  # [half, P, P, 2]
+        above = cost[source[high]].sum(1)[:, None, None] - given
+        below = cost[source[low]].sum(1)[:, None, None] + given
+        after = np.maximum(above, below).max(-1).reshape(half, -1)
+        best = after.argmin(1)
+        better = after[np.arange(half), best] < cost[source[high]].sum(1).max(1) - 1e-9
+        i, j = np.divmod(best[better], source.shape[1])
+        high, low = high[better], low[better]
+        source[high, i], source[low, j] = source[low, j], source[high, i]
+    # an exchange may leave a hole in the middle of the row that is not full
+    return np.take_along_axis(source, np.argsort(source < 0, axis=1, kind="stable"), axis=1)
 
 
 def fill(table: Table) -> Fill:

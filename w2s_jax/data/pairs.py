@@ -9,14 +9,13 @@ pairs.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from w2s_jax.data.packing import length_classes
+from w2s_jax.data.packing import balanced, length_classes
 from w2s_jax.errors import UserError
 from w2s_jax.types import Table
 
@@ -142,7 +141,7 @@ def _pack_class(
     """One table of the pairs ``index``, attention rows of ``length`` places."""
     prompt, chosen, rejected = (text.sizes[index] for text in texts)
     scored = chosen + rejected
-    source = _balanced(prompt + scored, scored, per_row)
+    source = balanced(prompt + scored, scored, per_row)
     real = source >= 0
     where = np.maximum(source, 0)
     sizes = np.where(real, (prompt + scored)[where], 0)
@@ -204,48 +203,6 @@ def _pack_class(
             "source": np.where(real, index[where], -1),
         }
     )
-
-
-def _balanced(tokens: np.ndarray, scored: np.ndarray, per_row: int) -> np.ndarray:
-    """Pairs [n, per_row] of each row (-1: none): the longest left goes to the emptiest row.
-
-    A row is as full as its share of the tokens or of the predictions, whichever is more.
-    """
-    count = len(tokens)
-    rows = -(-count // per_row)
-    cost = np.stack([tokens / tokens.mean(), scored / scored.mean()], axis=1)
-    source = np.full((rows, per_row), -1, np.int64)
-    heap = [(0.0, i, 0, 0.0, 0.0) for i in range(rows)]  # fullness, row, pairs, tokens, scored
-    for pair in np.argsort(-cost.max(1), kind="stable").tolist():
-        _, row, held, a, b = heapq.heappop(heap)
-        source[row, held] = pair
-        a, b = a + cost[pair, 0], b + cost[pair, 1]
-        if held + 1 < per_row:
-            heapq.heappush(heap, (max(a, b), row, held + 1, a, b))
-    return _exchanged(source, np.concatenate([cost, np.zeros((1, 2))]))
-
-
-def _exchanged(source: np.ndarray, cost: np.ndarray, rounds: int = 16) -> np.ndarray:
-    """``source`` with pairs exchanged between full and empty rows where that evens them out.
-
-    In each round the fullest row meets the emptiest, the second fullest the second emptiest, and
-    they make the one exchange after which the fuller of the two is least full.
-    """
-    half = len(source) // 2
-    for _ in range(rounds if half else 0):
-        rank = np.argsort(-cost[source].sum(1).max(1), kind="stable")
-        high, low = rank[:half], rank[::-1][:half]
-        given = cost[source[high]][:, :, None] - cost[source[low]][:, None]  # [half, P, P, 2]
-        above = cost[source[high]].sum(1)[:, None, None] - given
-        below = cost[source[low]].sum(1)[:, None, None] + given
-        after = np.maximum(above, below).max(-1).reshape(half, -1)
-        best = after.argmin(1)
-        better = after[np.arange(half), best] < cost[source[high]].sum(1).max(1) - 1e-9
-        i, j = np.divmod(best[better], source.shape[1])
-        high, low = high[better], low[better]
-        source[high, i], source[low, j] = source[low, j], source[high, i]
-    # an exchange may leave a hole in the middle of the row that is not full
-    return np.take_along_axis(source, np.argsort(source < 0, axis=1, kind="stable"), axis=1)
 
 
 def _arange(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
