@@ -42,7 +42,7 @@ FLAGS: dict[str, Case] = {
     "unknown optimizer": (flags(weak_tune__optimizer="adamant"), ("adamant", "adamw")),
     "unknown schedule": (flags(weak_tune__schedule="cosinus"), ("cosinus", "cosine")),
     "unknown link of the chain": (flags(chain="nano-77"), ("nano-77",)),
-    "plan for nothing": (flags(plan="v99:8"), ("--plan",)),
+    "plan for nothing": (flags(plan="v99:8"), ("v99:8", "v5e:8x8")),
     "mesh too large": (flags(mesh="data=999"), ("999",)),
     "a value is missing": (flags(seeds=""), ("--seeds",)),
     "no seeds": (flags(seeds="0"), ("--seeds",)),

@@ -239,3 +239,27 @@ def test_temperature_flattens_both_sides():
     np.testing.assert_allclose(
         forward_kl(a, b, temperature=2.0), forward_kl(a / 2, b / 2), rtol=1e-5
     )
+
+
+def test_the_gradients_by_hand_are_those_of_the_formulas():
+    a, b = 3.0 * jax.random.normal(jax.random.key(3), (2, 4, V))
+
+    def plain(kind, beta):
+        def loss(s):
+            q, p = jax.nn.log_softmax(s / 2.0), jax.nn.log_softmax(b / 2.0)
+            m = jnp.log(beta * jnp.exp(p) + (1 - beta) * jnp.exp(q))
+            forward, reverse = ((jnp.exp(x) * (x - y)).sum(-1) for x, y in ((p, q), (q, p)))
+            mixed = [(jnp.exp(x) * (x - m)).sum(-1) for x in (p, q)]
+            jensen = beta * mixed[0] + (1 - beta) * mixed[1]
+            return {"forward": forward, "reverse": reverse, "jensen": jensen}[kind].sum()
+
+        return loss
+
+    for kind, ours in (("forward", forward_kl), ("reverse", reverse_kl), ("jensen", jsd)):
+
+        def mine(s, beta, kind=kind, ours=ours):
+            given = {"beta": beta} if kind == "jensen" else {}
+            return ours(s, b, temperature=2.0, **given).sum()
+
+        got = jax.jit(jax.grad(mine))(a, jnp.float32(0.3))  # a schedule gives a traced beta
+        np.testing.assert_allclose(got, jax.grad(plain(kind, 0.3))(a), rtol=1e-4, atol=1e-6)

@@ -107,7 +107,7 @@ def test_policies_keep_less_in_the_stated_order():
     order = ("none", "dots", "attention", "outputs", "full")
     bytes_kept = [gradient(r)[0].memory_analysis().temp_size_in_bytes for r in order]
     assert bytes_kept == sorted(bytes_kept, reverse=True) and len(set(bytes_kept)) == 5
-    assert bytes_kept[1] < 0.5 * bytes_kept[0]
+    assert bytes_kept[1] < 0.8 * bytes_kept[0]
 
 
 def test_offloaded_activations_wait_on_the_host():
