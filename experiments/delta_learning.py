@@ -6,8 +6,11 @@ better than both, where fine-tuning on the better answers pulls it down. Two set
 
   shared   all three models are first fine-tuned on solutions of which a share has one wrong step
            (--habits: student, chosen, rejected), so that their errors are of one kind and differ
-           in rate; here the effect appears, in the chance of sampling the reference solution
-  natural  the pretrained models as they are; the prototype found no gain here
+           in rate
+  natural  the pretrained models as they are
+
+A gain is one of the sampled distribution (the chance of sampling the reference solution); greedy
+accuracy hardly moves.
 
 This is the post-training block on the nano ladder. --preset paper holds the authors' 8B recipe
 (Tulu-3-8B-SFT on Qwen2.5-3B over 1.5B answers) for --plan; its run needs the answers as files.

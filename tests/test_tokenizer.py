@@ -6,6 +6,7 @@ import json
 import pytest
 
 from w2s_jax.errors import UserError
+from w2s_jax.models import hf
 from w2s_jax.tokenizer import Tokenizer
 
 TEXTS = ["hello low lower", "new  newest widest\n", "naïve 日本 hello"]
@@ -199,3 +200,11 @@ def test_merges_that_do_not_fit_their_vocabulary(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\nzz qq\n")
     with pytest.raises(UserError, match="byte-level BPE"):
         Tokenizer.load(tmp_path)
+
+
+def test_other_programs_begin_a_text_as_training_does() -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = hf.locate("nano-2")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.load(folder)
+    assert theirs("q : 12").input_ids == [ours.bos, *ours.encode("q : 12")]

@@ -183,6 +183,16 @@ class Tokenizer:
             raise UserError(f"the tokenizer cannot encode a text: {error}") from None
 
 
+def begin_with(backend: Any, token: str) -> None:
+    """Let other programs put ``token`` before a text, as training and sampling do here."""
+    from tokenizers import processors
+
+    index = backend.token_to_id(token)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A $B:1", special_tokens=[(token, index)]
+    )
+
+
 def train_bpe(texts: list[str], vocab: int) -> Tokenizer:
     """A byte-level BPE tokenizer of ``vocab`` tokens: it can encode any text.
 
@@ -205,6 +215,7 @@ def train_bpe(texts: list[str], vocab: int) -> Tokenizer:
         vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    begin_with(backend, "<bos>")
     return Tokenizer(backend, pad=0, bos=1, eos=2)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from w2s_jax.errors import UserError
-from w2s_jax.tokenizer import Tokenizer
+from w2s_jax.tokenizer import Tokenizer, begin_with
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -296,5 +296,6 @@ def tokenizer() -> Tokenizer:
     digits = decoders.Replace(Regex("(?<=[0-9]) (?=[0-9])"), "")
     words = decoders.WordPiece(prefix="\u0000", cleanup=False)
     backend.decoder = decoders.Sequence([words, decoders.Fuse(), digits])
+    begin_with(backend, "<bos>")
     pad, bos, eos, unk = (ids[word] for word in SPECIAL)
     return Tokenizer(backend, bos=bos, eos=eos, pad=pad, unk=unk)
