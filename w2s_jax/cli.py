@@ -52,7 +52,7 @@ class Flags:
     workdir: str | None = None
     """Folder for results; default runs/<experiment>-<preset>, plus a hash if flags differ."""
     mesh: str | None = None
-    """Device mesh, for instance "data=2,fsdp=4,tensor=1"; default all devices on data."""
+    """Device mesh of data, fsdp, tensor, context, like "fsdp=4,tensor=2"; default all on data."""
     track: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ()
     """Where training curves go besides metrics.jsonl."""
     devices: int | None = None
