@@ -266,7 +266,7 @@ def _measured(cfg: Config, setting: str, name: str, runs: Runs, test: Table) -> 
     part = test.take(np.arange(min(cfg.greedy, len(test))))
     rows = []
     for seed, chance in enumerate(chances):
-        row = dict(block="posttraining", setting=setting, training=name, seed=seed)
+        row: Row = dict(block="posttraining", setting=setting, training=name, seed=seed)
         row["sampled"] = float(chance)
         if len(part):
             ask = (runs.model, runs.run(seed), runs.tokenizer, list(part["prompt"]))

@@ -73,7 +73,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def update(grads: Tree, state: Tree, params: Params | None = None) -> tuple[Tree, Tree]:
         return tx.update(wide(grads), state, None if params is None else wide(params))
 
-    return optax.GradientTransformation(lambda params: tx.init(wide(params)), update)
+    return optax.GradientTransformation(lambda params: tx.init(wide(params)), update)  # pyright: ignore[reportArgumentType]
 
 
 class Stored(NamedTuple):
@@ -111,4 +111,4 @@ def stored_in_bfloat16(
         leaves = [_random(x, key, i) if named(p) else x for i, (p, x) in enumerate(found)]
         return updates, Stored(state.count + 1, jax.tree.unflatten(tree, leaves))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
