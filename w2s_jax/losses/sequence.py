@@ -44,7 +44,7 @@ def token_logps(
         that ``hidden[b, t]`` predicts.
       mask: [B, T]; positions with 0 give exactly 0 and no gradient, whatever their target.
       chunk: tokens whose logits exist together, rounded to whole time steps (at least one);
-        None takes about 256 MB of logits per CPU device and 1 GB per accelerator.
+        None takes about 512 MB of logits per CPU device and 1 GB per accelerator.
       vocab: number of real entries when the rows of the matrix are padded; ids from ``vocab`` on
         have probability 0.
 
@@ -334,7 +334,7 @@ def _chunk(width: int) -> int:
 
 EXCLUDED = -1e30  # logits of padding rows: no probability, and finite, so that 0 times it is 0
 # bytes of float32 logits per device
-LIMIT = {"cpu": 2**28, "accelerator": 2**30}
+LIMIT = {"cpu": 2**29, "accelerator": 2**30}
 
 
 def _steps(batch: int, length: int, width: int, chunk: int | None) -> int:
