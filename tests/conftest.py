@@ -1,12 +1,16 @@
 """Strict numerics for every test, eight simulated devices, the one door to optional real data."""
 
 import os
+import signal
 import zlib
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

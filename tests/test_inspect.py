@@ -161,6 +161,7 @@ def test_nothing_at_all(tokenizer):
 
 
 def test_real_task_with_a_real_vocabulary(shared_data):
+    pytest.importorskip("sentencepiece")
     tokenizer = Tokenizer.load(shared_data / "tokenizers" / "gpt2")
     splits = load("sciq", seed=0, data=shared_data / "text_cls", train=100)
     report = inspect(splits, tokenizer, length=64)
