@@ -35,9 +35,15 @@ COLUMNS: dict[str, Any] = {
     "score": ("float", ""),  # a scalar judgement of the example
     "group": ("int", ""),  # grouping (difficulty, domain, ...)
     "ref": ("float", ""),  # reference log-probability of the response, nats
-    # the K most likely tokens of the teacher, their log-probabilities and what is left of its mass;
-    # T counts the predictions of "targets" where the batch has them
-    "teacher": {"ids": ("int", "TK"), "logits": ("float", "TK"), "tail": ("float", "T")},
+    # the K most likely tokens of the teacher, their log-probabilities and what is left of its mass
+    # (T counts the predictions of "targets" where the batch has them); a classifier's logits
+    "teacher": {"ids": ("int", "TK"), "logits": ("float", "TK"), "tail": ("float", "T")}
+    | {"classes": ("float", "C")},
+    # a prompt to be answered within the step, padded on the left; segment 0 is padding
+    "asked": dict.fromkeys(("tokens", "segment"), ("int", "P")),
+    # stretches of text that two tokenizers share: which of S each of the T predictions belongs to
+    # (-1: none), the teacher's log-probability of each, and its weight
+    "spans": {"of": ("int", "T"), "teacher": ("float", "S"), "weight": ("float", "S")},
     "chosen": {"tokens": ("int", "T"), "mask": ("float", "T"), "ref": ("float", "")},
     "rejected": {"tokens": ("int", "T"), "mask": ("float", "T"), "ref": ("float", "")},
     # M predictions: which place predicts, what, its loss weight, and which response it belongs to
@@ -185,7 +191,8 @@ class Output:
     ``hidden`` [B,T,D] is after the final norm; ``unembed`` [D,V] maps it to logits, so that
     ``[B,T,V]`` exists only where someone multiplies. ``logits`` [B,C] float32. ``cache`` is the
     key/value cache of a decoder, or None. ``vocab`` is the number of real tokens where the rows of
-    the vocabulary are padded, else None.
+    the vocabulary are padded, else None. ``taps`` are intermediate features from shallow to deep,
+    for matching: [B,H,W,C] of a convolutional stage, [B,T,D] of a block, [B,D] of a dense layer.
     """
 
     hidden: Any = None
@@ -193,6 +200,7 @@ class Output:
     logits: Any = None
     cache: Any = None
     vocab: int | None = field(default=None, metadata={"static": True})
+    taps: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

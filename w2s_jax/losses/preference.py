@@ -354,3 +354,9 @@ def _within(
     if smoothing >= high or smoothing < low or (open_below and smoothing == low):
         edge = "above" if open_below else "from"
         raise UserError(f"{name}: smoothing must be {edge} {low} and below {high}, not {smoothing}")
+
+
+def collision(logits: Array) -> Array:
+    """``log sum_v p(v)^2`` of the distributions given by logits [..., V], [...] nats: the log of
+    the mean probability of a token that is sampled from them."""
+    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)

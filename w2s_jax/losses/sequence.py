@@ -93,8 +93,9 @@ def token_divergence(
     student: tuple[Array, Array],
     teacher: Tree,
     weights: Array,
-    divergence: Callable[[Array, Any], Array],
+    divergence: Callable[..., Array],
     *,
+    targets: Array | None = None,
     chunk: int | None = None,
     vocab: int | None = None,
 ) -> tuple[Array, Array]:
@@ -103,10 +104,13 @@ def token_divergence(
     Args:
       student: ``(hidden [B,T,D], unembed [D,V])``; the sum carries their gradient.
       teacher: ``(hidden [B,T,E], unembed [E,W])`` of a live teacher, whose logits are made chunk
-        by chunk as well, or a dict of columns [B,T,...] (a stored teacher). No gradient reaches it.
+        by chunk as well, a list of such pairs, or a dict of columns [B,T,...] (a stored teacher).
+        No gradient reaches it.
       weights: [B, T].
       divergence: ``(student_logits, teacher) -> [...]`` nats per token, where ``student_logits``
-        are [..., V] and ``teacher`` is logits [..., V] float32 or the chunk of those columns.
+        are [..., V] and ``teacher`` is logits [..., V] float32, a list of those, or the chunk of
+        those columns.
+      targets: [B, T] ids, which ``divergence`` then has as a third argument [...].
       chunk: see ``token_logps``; a live teacher's logits count as well.
       vocab: number of real tokens; both sides' further entries have probability 0.
 
@@ -114,29 +118,39 @@ def token_divergence(
       UserError: see ``token_logps``; a live teacher whose vocabulary is another.
     """
     hidden, unembed = student
-    live = isinstance(teacher, tuple)
-    matrix: Any = None
+    live = not isinstance(teacher, dict)
+    several = isinstance(teacher, list)
+    matrices: list[Any] = []
     if live:
-        teacher, matrix = teacher
-        vocab = _common(unembed.shape[1], matrix.shape[1], vocab)
+        pairs = teacher if several else [teacher]
+        teacher, matrices = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        for matrix in matrices:
+            vocab = _common(unembed.shape[1], matrix.shape[1], vocab)
     _check(hidden, unembed, weights, weights, chunk, vocab)
     if chunk is None and live:
-        chunk = _chunk(unembed.shape[1] + matrix.shape[1])
+        chunk = _chunk(unembed.shape[1] + sum(matrix.shape[1] for matrix in matrices))
 
     def total(logits: Array, columns: Tree) -> tuple[Array, Array]:
-        said, weights = columns
+        said, weights, targets = columns
         if live:
-            said = _logits(said, matrix, _real(matrix, vocab))[..., : logits.shape[-1]]
-            short = logits.shape[-1] - said.shape[-1]
-            if short:
-                said = jnp.pad(
-                    said, [(0, 0)] * (said.ndim - 1) + [(0, short)], constant_values=EXCLUDED
-                )
-        values = jnp.where(weights != 0, divergence(logits, said), 0.0)
+            width, parts = logits.shape[-1], zip(said, matrices, strict=True)
+            said = [_widened(_logits(h, m, _real(m, vocab)), width) for h, m in parts]
+            said = said if several else said[0]
+        parts = (logits, said) if targets is None else (logits, said, targets)
+        values = jnp.where(weights != 0, divergence(*parts), 0.0)
         return (weights * values).sum(), values
 
-    columns = jax.lax.stop_gradient((teacher, weights))
+    columns = jax.lax.stop_gradient((teacher, weights, targets))
     return head_sum(total, hidden, unembed, columns, chunk=chunk, vocab=vocab)
+
+
+def _widened(logits: Array, width: int) -> Array:
+    """Logits [..., W] cut or padded to ``width`` entries; the added ones have no probability."""
+    short = width - logits.shape[-1]
+    if short <= 0:
+        return logits[..., :width]
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, short)]
+    return jnp.pad(logits, padding, constant_values=EXCLUDED)
 
 
 def response_sum(
@@ -188,12 +202,6 @@ def response_sum(
 
 def _look(token: Callable[[Array], Array], logits: Array, _: Tree) -> tuple[Array, Array]:
     return jnp.zeros(()), token(logits)
-
-
-def collision(logits: Array) -> Array:
-    """``log sum_v p(v)^2`` of the distributions given by logits [..., V], [...] nats: the log of
-    the mean probability of a token that is sampled from them."""
-    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
 
 def token_stats(

@@ -1,6 +1,7 @@
 """Objectives: a loss and the forward passes it needs; all that ``fit`` knows of a method."""
 
-from w2s_jax.objectives.base import at, classify, distill, language, on_base, predicted
+from w2s_jax.objectives.base import at, classify, language, on_base, predicted
+from w2s_jax.objectives.distillation import distill, distill_classes
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
@@ -10,6 +11,7 @@ __all__ = [
     "at",
     "classify",
     "distill",
+    "distill_classes",
     "language",
     "on_base",
     "policy_logps",

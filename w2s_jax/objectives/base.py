@@ -1,17 +1,14 @@
-"""Objectives of one response to one prompt: classes, next tokens, a teacher's distributions."""
+"""Objectives of one example: its class, or the next tokens of its text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from w2s_jax.errors import UserError
-from w2s_jax.losses.sequence import token_divergence, token_nll
+from w2s_jax.losses.sequence import token_nll
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, forward
 
 
@@ -62,49 +59,6 @@ def language(model: Model) -> Objective:
         weights = said.mask * batch["weight"][:, None] if "weight" in batch else said.mask
         total, _ = token_nll(said.hidden, said.unembed, said.ids, weights, vocab=said.vocab)
         return total, weights.sum(), Aux({}, state.memory)
-
-    return objective
-
-
-def distill(
-    model: Model,
-    divergence: Callable[[Array, Any], Array],
-    *,
-    teacher: Model | None = None,
-) -> Objective:
-    """A divergence from the teacher's next-token distributions, nats per weighted token.
-
-    The positions are those of ``language``. With ``teacher`` the distributions are made in the
-    step from ``state.frozen["teacher"]``, which reads the same columns as the student; without,
-    the column ``teacher`` holds them (``losses.distillation.top_k`` reads it).
-
-    Raises:
-      UserError: neither a teacher nor the column; vocabularies that differ.
-    """
-
-    def objective(params: Params, state: State, batch: Batch, key: Array):
-        mine = predicted(model, params, batch)
-        theirs: Any
-        vocab = mine.vocab
-        if teacher is not None:
-            other = predicted(teacher, jax.lax.stop_gradient(state.frozen["teacher"]), batch)
-            theirs, vocab = (other.hidden, other.unembed), vocab or other.vocab
-        elif "teacher" in batch:
-            theirs = batch["teacher"]
-            if "targets" not in batch:
-                theirs = jax.tree.map(lambda leaf: leaf[:, :-1], theirs)
-        else:
-            raise UserError(
-                "distill needs a live teacher or the column 'teacher' (columns.add_teacher)"
-            )
-        total, _ = token_divergence(
-            (mine.hidden, mine.unembed),
-            theirs,
-            mine.mask,
-            at(divergence, state.progress),
-            vocab=vocab,
-        )
-        return total, mine.mask.sum(), Aux({}, state.memory)
 
     return objective
 

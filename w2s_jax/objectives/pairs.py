@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
-from w2s_jax.losses.sequence import collision, response_sum, token_logps
+from w2s_jax.losses.preference import collision
+from w2s_jax.losses.sequence import response_sum, token_logps
 from w2s_jax.objectives.base import Predicted, at, predicted
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
 

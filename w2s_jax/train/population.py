@@ -56,11 +56,12 @@ class Population:
 def one_of(losses: Sequence[Callable[..., Array]], index: Array) -> Callable[..., Array]:
     """The loss number ``index`` [] of ``losses``, so that one program trains under all of them.
 
-    For ``classify(model, one_of(losses, row["loss"]))``; schedules bound in the losses work.
+    For ``classify(model, one_of(losses, row["loss"]))`` or divergences in ``distill``; schedules
+    bound in the losses work.
     """
 
-    def chosen(logits: Array, labels: Array, *, progress: Any) -> Array:
-        return jax.lax.switch(index, [at(loss, progress) for loss in losses], logits, labels)
+    def chosen(*parts: Any, progress: Any) -> Array:
+        return jax.lax.switch(index, [at(loss, progress) for loss in losses], *parts)
 
     return partial(chosen, progress=_now)
 
