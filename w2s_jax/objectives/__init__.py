@@ -5,6 +5,7 @@ from w2s_jax.objectives.distillation import distill, distill_classes
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
+from w2s_jax.objectives.taid import taid, taid_classes, taid_memory
 from w2s_jax.objectives.unpaired import unpaired
 
 __all__ = [
@@ -21,5 +22,8 @@ __all__ = [
     "reinforce",
     "response_logps",
     "response_rewards",
+    "taid",
+    "taid_classes",
+    "taid_memory",
     "unpaired",
 ]
