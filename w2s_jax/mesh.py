@@ -216,6 +216,13 @@ def rules_context(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def ruled() -> bool:
+    """Whether code is being traced within ``rules_context`` of a mesh."""
+    from flax.core import spmd
+
+    return bool(spmd.get_logical_axis_rules())
+
+
 def distribute() -> bool:
     """Join the other processes when a coordinator is configured; True when there are several.
 

@@ -136,7 +136,7 @@ def complete(
     errors as in ``draw``.
     """
     how = dict(tokens=tokens, temperature=temperature, **_ends(model, tokenizer), **how)
-    drawn = sample(model, params, _encoded(tokenizer, texts), key, **how)
+    drawn = sample(model, params, encoded(tokenizer, texts), key, **how)
     return [tokenizer.decode(ids) for ids in drawn]
 
 
@@ -172,7 +172,7 @@ def generate(
     if "" in stop:
         raise UserError("generate: a stop string is empty; leave it out or say where to stop")
     column = table["prompt"]
-    prompts = _encoded(tokenizer, [column[i] for i in range(len(table))])
+    prompts = encoded(tokenizer, [column[i] for i in range(len(table))])
 
     def over(ids: list[int]) -> bool:
         return _end(tokenizer.decode(ids), stop) is not None
@@ -189,7 +189,7 @@ def generate(
     )
 
 
-def _encoded(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
+def encoded(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
     """Token ids of texts, after the beginning-of-text token; lists of ids as they are."""
     texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
     start = [] if tokenizer.bos is None else [tokenizer.bos]

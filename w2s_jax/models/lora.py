@@ -70,7 +70,7 @@ def _adapted(model: Model, rank: int, alpha: float, targets: tuple[str, ...]) ->
         return {"base": model.init(key), "lora": adapters(adapted, jax.random.fold_in(key, 1))}
 
     def apply(params: Params, x: Array, **columns: Any) -> Output:
-        return model.apply(_joined(adapted, params), x, **columns)
+        return model.apply(joined(adapted, params), x, **columns)
 
     adapted = Adapted(
         init=init,
@@ -141,7 +141,7 @@ def shapes(model: Adapted) -> Tree:
     return tree
 
 
-def _joined(model: Adapted, params: Params) -> Params:
+def joined(model: Adapted, params: Params) -> Params:
     """The base's tree with ``<leaf>_a`` and (scaled) ``<leaf>_b`` among its layers."""
     pairs, body = params["lora"], _inner(model, params["base"])
     scale = model.alpha / model.rank
