@@ -22,7 +22,7 @@ from w2s_jax.generate.sample import encoded
 from w2s_jax.models.cache import Cache, empty_cache
 from w2s_jax.models.lora import Adapted, joined
 from w2s_jax.tokenizer import Tokenizer
-from w2s_jax.types import Array, Batch, Model, Params, Table, Tree
+from w2s_jax.types import Array, Batch, Model, Params, Table
 
 WHOLE = 2**32  # bytes of weights that are worth a copy on every device while it samples
 

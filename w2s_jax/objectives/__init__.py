@@ -2,6 +2,7 @@
 
 from w2s_jax.objectives.base import at, classify, language, on_base, predicted
 from w2s_jax.objectives.distillation import distill, distill_classes
+from w2s_jax.objectives.on_policy import on_policy
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
@@ -15,6 +16,7 @@ __all__ = [
     "distill_classes",
     "language",
     "on_base",
+    "on_policy",
     "policy_logps",
     "predicted",
     "prefer",

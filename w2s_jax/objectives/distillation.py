@@ -27,16 +27,18 @@ def distill(
     *,
     teacher: Teachers = None,
     targets: bool = False,
+    vocab: int | None = None,
 ) -> Objective:
     """A divergence from the teacher's next-token distributions, nats per weighted token.
 
     The positions are those of ``language``. With ``teacher`` the distributions are made in the
     step from ``state.frozen["teacher"]``, which reads the same columns as the student; without,
-    the column ``teacher`` holds them (``losses.distillation.top_k`` reads it). Of several teachers
+    the column ``teacher`` holds them (``losses.sparse.top_k`` reads it). Of several teachers
     (a sequence of models and one of weights) the divergence has a list of logits.
 
     Args:
       targets: hand the divergence the tokens that were predicted, as a third argument.
+      vocab: real tokens, where the matrices of student and teacher are padded differently.
 
     Raises:
       UserError: neither a teacher nor the column; vocabularies that differ.
@@ -44,14 +46,14 @@ def distill(
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
         mine = predicted(model, params, batch)
-        theirs, vocab = heard(teacher, state, batch, mine)
+        theirs, real = heard(teacher, state, batch, mine)
         total, _ = token_divergence(
             (mine.hidden, mine.unembed),
             theirs,
             mine.mask,
             at(divergence, state.progress),
             targets=mine.ids if targets else None,
-            vocab=vocab,
+            vocab=vocab or real,
         )
         return total, mine.mask.sum(), Aux({}, state.memory)
 

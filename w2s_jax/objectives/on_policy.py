@@ -1,0 +1,161 @@
+"""On-policy distillation: the student is compared with its teacher on what it says itself.
+
+Responses are drawn inside the step (``generate.inside``) from the weights as they are, so these
+are ordinary objectives: they read the column ``asked`` and a teacher in ``state.frozen``. No
+gradient passes through the sampling. Under ``on_base`` adapters are sampled with and trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax.errors import UserError
+from w2s_jax.generate.inside import respond
+from w2s_jax.models.lora import Adapted
+from w2s_jax.objectives.distillation import Divergence, distill
+from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
+
+Told = tuple[Array, Array, Aux]
+
+
+def on_policy(
+    model: Model,
+    divergence: Divergence,
+    *,
+    teacher: Model,
+    tokens: int,
+    lam: float | Array | Callable[[Array], Array] = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    eos: int | Sequence[int] = (),
+    vocab: int | None = None,
+    targets: bool = False,
+) -> Objective:
+    """A divergence from the teacher on the student's own responses, nats per response token.
+
+    GKD (Agarwal et al. 2024, arXiv 2306.13649, algorithm 1; ImitKD, Lin et al. 2020, with
+    ``lam`` a schedule that rises): with probability ``lam`` a batch is answered by the student as
+    it is and the divergence taken on its responses, else on the rows that the batch holds. One of
+    both is computed (in a vmapped population both are); each micro-batch draws for itself.
+
+    Metrics: ``own`` (share of batches the student answered) and, over those, ``length`` (tokens of
+    a response) and ``ended`` (share that the end token ended).
+
+    Args:
+      divergence, teacher, targets: as in ``distill``; the teacher is a live one.
+      tokens: the most tokens of a response.
+      lam: a probability, a schedule of progress, or a traced scalar; 0 is ``distill``, 1 needs no
+        column but ``asked``.
+      temperature, top_k, top_p, min_p, eos: of the sampling, see ``generate.inside.respond``.
+      vocab: real tokens, where the vocabularies of student and teacher are padded differently.
+
+    Raises:
+      UserError: ``lam`` outside [0, 1]; no column ``asked``; see ``respond`` and ``distill``.
+    """
+    if isinstance(lam, int | float) and not 0 <= lam <= 1:
+        raise UserError(f"on_policy: lam is a probability, got {lam}")
+    given = distill(model, divergence, teacher=teacher, targets=targets, vocab=vocab)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos, vocab=vocab)
+    answer = partial(answered, model, tokens=tokens, **how)
+
+    def own(params: Params, state: State, batch: Batch, key: Array) -> Told:
+        said, looks = answer(params, batch, key)
+        total, weight, aux = given(params, state, said, key)
+        return total, weight, Aux({**aux.metrics, **looks, "own": _one(1.0)}, aux.memory)
+
+    def fixed(params: Params, state: State, batch: Batch, key: Array) -> Told:
+        total, weight, aux = given(params, state, batch, key)
+        none = (jnp.float32(0), jnp.float32(0))
+        looks = {"length": none, "ended": none, "own": _one(0.0)}
+        return total, weight, Aux({**aux.metrics, **looks}, aux.memory)
+
+    if isinstance(lam, int | float) and lam in (0, 1):
+        return own if lam else given
+
+    def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
+        share = lam(state.progress) if callable(lam) else lam
+        coin, key = jax.random.split(key)
+        either = jax.random.uniform(coin) < share
+        trained = "lora" if isinstance(model, Adapted) else None
+        return _either(either, own, fixed, params, trained, state, batch, key)
+
+    return objective
+
+
+def answered(
+    model: Model, params: Params, batch: Batch, key: Array, *, eos: int | Sequence[int], **how: Any
+) -> tuple[Batch, dict[str, tuple[Array, Array]]]:
+    """The batch of responses to the column ``asked``, and what is reported of them.
+
+    Raises:
+      UserError: no such column; see ``respond``.
+    """
+    if "asked" not in batch:
+        raise UserError(
+            "on-policy distillation needs the column 'asked' (generate.inside.ask), the batch has "
+            f"{sorted(batch)}"
+        )
+    said = respond(model, params, batch["asked"], key, eos=eos, **how)
+    mask, ids = said["targets"]["mask"], said["targets"]["ids"]
+    rows = (mask.sum(-1) > 0).sum(dtype=jnp.float32)
+    ends = jnp.atleast_1d(jnp.asarray(eos, jnp.int32))
+    ended = ((ids[..., None] == ends[None, None]).any(-1) & (mask > 0)).any(-1)
+    return said, {"length": (mask.sum(), rows), "ended": (ended.sum(dtype=jnp.float32), rows)}
+
+
+def _one(value: float) -> tuple[Array, Array]:
+    return jnp.float32(value), jnp.float32(1)
+
+
+def _either(
+    first: Array,
+    yes: Objective,
+    no: Objective,
+    params: Params,
+    trained: str | None,
+    *rest: Any,
+) -> Told:
+    """What one of two objectives says, the other never run.
+
+    Each takes its gradient where it runs: through a branch that is differentiated from outside,
+    what both keep for their backward passes would be alive together. ``trained`` names the part
+    of the parameters that has a gradient.
+    """
+    mine = params if trained is None else params[trained]
+    params, still = jax.lax.stop_gradient((params, mine))
+
+    def run(objective: Objective) -> Callable[[Params], Any]:
+        def total(mine: Params) -> tuple[Array, tuple[Array, Aux]]:
+            whole = mine if trained is None else {**params, trained: mine}
+            total, weight, aux = objective(whole, *rest)
+            return total, (weight, aux)
+
+        return jax.value_and_grad(total, has_aux=True)
+
+    (total, (weight, aux)), grads = jax.lax.cond(first, run(yes), run(no), still)
+    return _known(total, mine, grads), weight, aux
+
+
+@jax.custom_vjp
+def _known(total: Array, params: Params, grads: Params) -> Array:
+    """``total``, known to have the gradient ``grads``."""
+    return total
+
+
+def _known_forward(total: Array, params: Params, grads: Params) -> tuple[Array, Params]:
+    return total, grads
+
+
+def _known_backward(grads: Params, grad: Array) -> tuple[None, Params, Params]:
+    scaled = jax.tree.map(lambda g: (grad * g.astype(jnp.float32)).astype(g.dtype), grads)
+    return None, scaled, jax.tree.map(jnp.zeros_like, grads)
+
+
+_known.defvjp(_known_forward, _known_backward)
