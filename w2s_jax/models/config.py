@@ -35,6 +35,7 @@ class Config:
     of the tensor axis); the added rows are zero, get no gradient, have no probability and are
     never exported. ``attention`` is the kernel of causal rows: "xla", "cudnn", "splash", or "auto"
     for the fastest that is exact on these devices and this batch (see ``models.backends``).
+    ``taps`` are the layers (0 the first) whose outputs ``Output.taps`` has, [B,T,D] each.
 
     Raises:
       UserError: sizes that do not fit together or an unknown option.
@@ -63,6 +64,7 @@ class Config:
     pad_vocab: int = 1
     scan: bool | None = None
     attention: str = "auto"
+    taps: tuple[int, ...] = ()
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -107,6 +109,12 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"model: {name} must be a positive integer, got {getattr(config, name)}"
             )
+    taps = config.taps
+    if list(taps) != sorted(set(taps)) or any(not 0 <= i < config.layers for i in taps):
+        raise UserError(
+            f"model: taps must be layers 0 to {config.layers - 1}, each once and in order, got "
+            f"{taps}"
+        )
     if config.heads % config.kv_heads:
         raise UserError(
             f"model: {config.heads} heads do not divide into {config.kv_heads} key/value heads"

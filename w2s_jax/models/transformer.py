@@ -158,7 +158,7 @@ class Decoder(nn.Module):
             x = x + table[position].astype(dtype)
         rope = rope_angles(config, position) if config.rope else None
         x = _constrain(x, "batch", "length", "act_embed")
-        x, layers = self._layers(x, rope, scope, cache)
+        x, layers, taps = self._layers(x, rope, scope, cache)
         x = _norm(self, x, "final_norm")
         if config.tie:
             unembed = embed.T
@@ -169,11 +169,14 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, layers=layers)
         real = config.vocab if config.vocab_rows > config.vocab else None
-        return Output(hidden=x, unembed=unembed.astype(dtype), cache=cache, vocab=real)
+        unembed = unembed.astype(dtype)
+        return Output(hidden=x, unembed=unembed, cache=cache, vocab=real, taps=taps)
 
     @nn.nowrap
     def _layers(self, x, rope, scope, cache: Cache | None):
         config = self.config
+        if cache is None and config.scanned and config.taps and not self.is_initializing():
+            return self._tapped(x, rope, scope)
         if cache is None and (config.scanned or self.is_initializing()):
             block = Block
             if config.remat != "none":
@@ -186,8 +189,33 @@ class Decoder(nn.Module):
                 length=config.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return stack(config, name="layers")(x, rope, scope)[0], ()
+            return stack(config, name="layers")(x, rope, scope)[0], (), ()
         return self._unrolled(x, rope, scope, cache)
+
+    @nn.nowrap
+    def _tapped(self, x, rope, scope):
+        """The scan over the layers, keeping the outputs of ``config.taps`` and no others."""
+        config, block = self.config, Block(self.config, parent=None)
+
+        def run(params, x):
+            return block.apply({"params": params}, x, rope, scope)[0]
+
+        if config.remat != "none":
+            run = jax.checkpoint(run, prevent_cse=False, policy=policy(config.remat))
+
+        def body(carry, layer):
+            (x, taps), (params, slot) = carry, layer
+            x = run(params, x)
+            return (x, taps.at[slot].set(x, mode="drop")), None
+
+        count = len(config.taps)  # the slot of a layer that nobody asked for: dropped
+        slots = [config.taps.index(i) if i in config.taps else count for i in range(config.layers)]
+        taps = _constrain(
+            jnp.zeros((count, *x.shape), x.dtype), None, "batch", "length", "act_embed"
+        )
+        layers = (self.variables["params"]["layers"], jnp.array(slots))
+        (x, taps), _ = jax.lax.scan(body, (x, taps), layers)
+        return x, (), tuple(taps)
 
     @nn.nowrap
     def _unrolled(self, x, rope, scope, cache: Cache | None):
@@ -200,14 +228,15 @@ class Decoder(nn.Module):
         if config.remat != "none" and cache is None:
             run = jax.checkpoint(run, policy=policy(config.remat))
         run = jax.jit(run)  # traced, differentiated and lowered once for all layers
-        pairs, layers = [], self.variables["params"]["layers"]
+        pairs, outputs, layers = [], [], self.variables["params"]["layers"]
         if not isinstance(layers, tuple):
             layers = unstacked(layers, config.layers)
         for i, layer in enumerate(layers):
             pair = None if cache is None else (*cache.layers[i], index)
             x, pair = run(layer, x, rope, scope, pair)
             pairs.append(pair)
-        return x, tuple(pairs)
+            outputs.append(x)
+        return x, tuple(pairs), tuple(outputs[i] for i in config.taps)
 
 
 def unstacked(layers: Tree, depth: int) -> tuple[Tree, ...]:
