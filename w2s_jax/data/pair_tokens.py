@@ -182,6 +182,22 @@ def encode_prompts(
     return _way(tokenizer, template, bos, False, separator, False).prompts(prompts)[1]
 
 
+def encode_answers(
+    prompts: Sequence[Prompt],
+    said: Sequence[str],
+    tokenizer: Any,
+    *,
+    template: str = "auto",
+    bos: bool | str = "auto",
+    eos: bool = True,
+    separator: str = "",
+) -> tuple[Ids, Ids]:
+    """Ids of prompts (as ``encode_prompts``) and of one response to each, for fine-tuning."""
+    way = _way(tokenizer, template, bos, eos, separator, False)
+    texts, heads = way.prompts(prompts)
+    return heads, way.responses(prompts, texts, heads, said)[0]
+
+
 def render(prompt: OneText, chosen: OneText, rejected: OneText, tokenizer: Any) -> str:
     """One pair as two lines of text, newlines escaped, trained-on tokens in double brackets."""
     lines = []
