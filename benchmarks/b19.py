@@ -36,7 +36,8 @@ def run(settings: Settings) -> dict[str, Any]:
             for name, of in names.items()
         ]
         results = alternate(sides, settings, steps=batches)
-    facts: dict[str, Any] = {"top": TOP, "vocab": VOCAB, "length": LENGTH, "batch": BATCH, "rows": rows}
+    facts: dict[str, Any] = {"top": TOP, "vocab": VOCAB, "length": LENGTH, "batch": BATCH}
+    facts["rows"] = rows
     return report("B19", results, settings, unit="predictions", **facts)
 
 
