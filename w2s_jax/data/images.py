@@ -1,14 +1,19 @@
-"""Labelled pictures and frozen features from npz files, or scikit-learn's digits."""
+"""Labelled pictures and frozen features: npz files, ``tensorflow_datasets``, digits."""
 
 from __future__ import annotations
 
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from w2s_jax.errors import UserError
+from w2s_jax.types import Table
+
+NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # of tensorflow_datasets
+PARTS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -37,22 +42,57 @@ def draw(rows: int, need: int, source: str | Path) -> np.ndarray:
     return np.random.default_rng(0).permutation(rows)[:need]
 
 
-def pictures(path: str | Path, train: int, test: int) -> tuple[np.ndarray, np.ndarray]:
-    """``train`` rows, then ``test`` rows: pictures [N,H,W,C] float32, classes [N] int32.
+@dataclass(frozen=True)
+class Pictures:
+    """Three disjoint tables: ``image`` [N,H,W,C] float32, ``label`` [N,classes] float32 one-hot,
+    ``truth`` [N] int32."""
 
-    Pictures are divided by the largest value of the ``train`` rows. An npz file has x_train,
-    y_train, x_test, y_test (as MNIST does); an empty path means scikit-learn's 1,797 digits of
-    8x8 pixels (Alpaydin and Kaynak 1998), which it ships.
+    train: Table
+    dev: Table
+    test: Table
+
+
+def load(
+    source: str | Path = "", *, seed: int, train: int, dev: int, test: int, download: bool = False
+) -> Pictures:
+    """Labelled pictures from ``source`` (see ``pictures``), which a network can train on.
+
+    Every seed has the same ``train`` + ``dev`` rows, divided in its own way, and the same test.
 
     Raises:
-      UserError: a file that cannot be read, or has too few rows.
+      UserError: as ``pictures``.
     """
-    if str(path):
-        found = arrays(path, ("x_train", "y_train", "x_test", "y_test"))
+    images, truth = pictures(source, train + dev, test, download=download)
+    label = np.eye(int(truth.max()) + 1, dtype=np.float32)[truth]
+    table = Table({"image": images, "label": label, "truth": truth})
+    known = np.random.default_rng([seed]).permutation(train + dev)
+    last = np.arange(train + dev, len(truth))
+    return Pictures(*(table.take(rows) for rows in (known[dev:], known[:dev], last)))
+
+
+def pictures(
+    source: str | Path, train: int, test: int, *, download: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """``train`` rows, then ``test`` rows: pictures [N,H,W,C] float32, classes [N] int32.
+
+    Pictures are divided by the largest value of the ``train`` rows; which rows they are is always
+    the same. ``source`` is an npz file with x_train, y_train, x_test, y_test (as MNIST's), a name
+    in ``NAMES``, which ``tensorflow_datasets`` reads from its folder (``TFDS_DATA_DIR``), or empty
+    for scikit-learn's 1,797 digits of 8x8 pixels (Alpaydin and Kaynak 1998), which it ships.
+
+    Args:
+      download: let ``tensorflow_datasets`` fetch what it does not have.
+
+    Raises:
+      UserError: a source that cannot be read, or has too few rows.
+    """
+    if str(source):
+        named = str(source) in NAMES
+        found = _named(str(source), download) if named else arrays(source, PARTS)
         for part in ("train", "test"):
-            _pair(str(path), part, found[f"x_{part}"], found[f"y_{part}"])
-        first = draw(len(found["y_train"]), train, f"{path} (x_train)")
-        last = draw(len(found["y_test"]), test, f"{path} (x_test)")
+            _pair(str(source), part, found[f"x_{part}"], found[f"y_{part}"])
+        first = draw(len(found["y_train"]), train, f"{source} (x_train)")
+        last = draw(len(found["y_test"]), test, f"{source} (x_test)")
         images = np.concatenate([found["x_train"][first], found["x_test"][last]])
         truth = np.concatenate([found["y_train"][first], found["y_test"][last]])
     else:
@@ -67,6 +107,28 @@ def pictures(path: str | Path, train: int, test: int) -> tuple[np.ndarray, np.nd
     images /= max(images[:train].max(), 1e-6)  # a scale that no test picture has a say in
     images = images[..., None] if images.ndim == 3 else images
     return images, truth.astype(np.int32).reshape(-1)
+
+
+def _named(name: str, download: bool) -> dict[str, np.ndarray]:
+    """What ``tensorflow_datasets`` has under ``name``, as an npz file would have it."""
+    import tensorflow_datasets
+
+    try:
+        parts: Any = tensorflow_datasets.load(
+            name, split=["train", "test"], batch_size=-1, as_supervised=True, download=download
+        )
+        parts = tensorflow_datasets.as_numpy(parts)
+    except Exception as error:  # it raises many kinds, of its own and of the network
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        cure = "look at the network" if download else "allow its download"
+        raise UserError(
+            f"tensorflow_datasets gives no {name} ({why}): {cure}, or name an npz file"
+        ) from None
+    return {
+        f"{x}_{part}": a
+        for part, pair in zip(("train", "test"), parts, strict=True)
+        for x, a in zip("xy", pair, strict=True)
+    }
 
 
 def _pair(path: str, part: str, images: np.ndarray, truth: np.ndarray) -> None:
