@@ -173,7 +173,7 @@ def _gathered(model: Model, params: Params) -> Params:
     if not meshes.ruled():
         return params
     axes = jax.tree.map(_unsplit, model.axes, is_leaf=meshes.is_axes)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh: Any = jax.sharding.get_abstract_mesh()
     places = meshes.shardings(axes, mesh, params)
     dtype = jnp.dtype(model.config.dtype)
     sizes = jax.tree.map(

@@ -83,7 +83,7 @@ def token_nll(
 
     def nll(logits: Array, columns: Tree) -> tuple[Array, Array]:
         targets, weights = columns
-        logps = jnp.where(weights != 0, _pick(logits, targets), 0.0)
+        logps = jnp.where(weights != 0, pick(logits, targets), 0.0)
         return -(weights * logps).sum(), logps
 
     return head_sum(nll, hidden, unembed, columns, chunk=chunk, vocab=vocab)
@@ -95,7 +95,7 @@ def token_divergence(
     weights: Array,
     divergence: Callable[..., Array],
     *,
-    targets: Array | None = None,
+    targets: Tree = None,
     chunk: int | None = None,
     vocab: int | None = None,
 ) -> tuple[Array, Array]:
@@ -110,7 +110,8 @@ def token_divergence(
       divergence: ``(student_logits, teacher) -> [...]`` nats per token, where ``student_logits``
         are [..., V] and ``teacher`` is logits [..., V] float32, a list of those, or the chunk of
         those columns.
-      targets: [B, T] ids, which ``divergence`` then has as a third argument [...].
+      targets: [B, T] ids, or a tree of such columns, which ``divergence`` then has as a third
+        argument [...].
       chunk: see ``token_logps``; a live teacher's logits count as well.
       vocab: number of real tokens; both sides' further entries have probability 0.
 
@@ -190,7 +191,7 @@ def response_sum(
 
     def total(logits: Array, columns: Tree) -> tuple[Array, Tree]:
         targets, kept, columns = columns
-        logps = jnp.where(kept, _pick(logits, targets), 0.0)
+        logps = jnp.where(kept, pick(logits, targets), 0.0)
         if token is None:
             return fn(logps, columns)
         told = token(jax.lax.stop_gradient(logits))
@@ -300,7 +301,7 @@ _attach.defvjp(_attach_forward, _attach_backward)
 
 
 @jax.custom_vjp
-def _pick(logits: Array, targets: Array) -> Array:
+def pick(logits: Array, targets: Array) -> Array:
     """``log_softmax(logits)[target]``, [..., V] and [...] -> [...]."""
     return _pick_forward(logits, targets)[0]
 
@@ -319,7 +320,7 @@ def _pick_backward(saved: Any, grad: Array) -> tuple[Array, None]:
     return grad[..., None] * (hit - jnp.exp(logits - total[..., None])), None
 
 
-_pick.defvjp(_pick_forward, _pick_backward)
+pick.defvjp(_pick_forward, _pick_backward)
 
 
 def _check(

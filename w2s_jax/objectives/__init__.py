@@ -1,8 +1,9 @@
 """Objectives: a loss and the forward passes it needs; all that ``fit`` knows of a method."""
 
+from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.base import at, classify, language, on_base, predicted
 from w2s_jax.objectives.distillation import distill, distill_classes
-from w2s_jax.objectives.on_policy import on_policy
+from w2s_jax.objectives.on_policy import minillm, on_policy, sequence_kl
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
@@ -11,10 +12,12 @@ from w2s_jax.objectives.unpaired import unpaired
 
 __all__ = [
     "at",
+    "augmented",
     "classify",
     "distill",
     "distill_classes",
     "language",
+    "minillm",
     "on_base",
     "on_policy",
     "policy_logps",
@@ -24,6 +27,7 @@ __all__ = [
     "reinforce",
     "response_logps",
     "response_rewards",
+    "sequence_kl",
     "taid",
     "taid_classes",
     "taid_memory",

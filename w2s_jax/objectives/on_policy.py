@@ -16,8 +16,12 @@ import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
 from w2s_jax.generate.inside import respond
+from w2s_jax.losses.minillm import later, two_terms
+from w2s_jax.losses.policy import importance
+from w2s_jax.losses.sequence import token_divergence, token_logps
 from w2s_jax.models.lora import Adapted
-from w2s_jax.objectives.distillation import Divergence, distill
+from w2s_jax.objectives.base import language, predicted
+from w2s_jax.objectives.distillation import Divergence, distill, heard
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
 
 Told = tuple[Array, Array, Aux]
@@ -85,6 +89,98 @@ def on_policy(
         either = jax.random.uniform(coin) < share
         trained = "lora" if isinstance(model, Adapted) else None
         return _either(either, own, fixed, params, trained, state, batch, key)
+
+    return objective
+
+
+def minillm(
+    model: Model,
+    *,
+    teacher: Model,
+    tokens: int,
+    share: float = 0.2,
+    loss: Callable[[Array, Array, Array], Array] = importance,
+    normalise: bool = True,
+    corpus: float = 0.0,
+    temperature: float = 1.0,
+    eos: int | Sequence[int] = (),
+    vocab: int | None = None,
+) -> Objective:
+    """MiniLLM (Gu et al. 2024, arXiv 2306.08543): the reverse KL of whole responses.
+
+    Tokens are drawn from ``share`` teacher and ``1 - share`` student (section 2.2, there 0.2) and
+    ``sequence_kl`` makes the update. Metrics: ``length`` and ``ended`` as in ``on_policy``, and
+    those of ``sequence_kl``.
+
+    Args:
+      corpus: multiple of the next-token loss of the rows that the batch holds besides ``asked``
+        (the paper's language-modelling loss on a pre-training corpus), which is added.
+      temperature: of the sampling; the importance weights are exact for 1.
+
+    Raises:
+      UserError: ``share`` outside [0, 1); see ``on_policy``.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"minillm: the teacher's share of the mixture is in [0, 1), got {share}")
+    update = sequence_kl(model, teacher=teacher, loss=loss, normalise=normalise, vocab=vocab)
+    text = language(model)
+
+    def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
+        mixed = (teacher, state.frozen["teacher"], share) if share else None
+        how = dict(tokens=tokens, temperature=temperature, eos=eos, vocab=vocab, other=mixed)
+        said, looks = answered(model, params, batch, key, **how)
+        total, weight, aux = update(params, state, said, key)
+        if corpus:
+            read, of, _ = text(params, state, batch, key)
+            total = total + corpus * read * weight / jnp.maximum(of, 1.0)
+        return total, weight, Aux({**aux.metrics, **looks}, aux.memory)
+
+    return objective
+
+
+def sequence_kl(
+    model: Model,
+    *,
+    teacher: Model,
+    loss: Callable[[Array, Array, Array], Array] = importance,
+    normalise: bool = True,
+    vocab: int | None = None,
+) -> Objective:
+    """The gradient of KL(student || teacher) of whole responses from sampled ones, per token.
+
+    Reads ``tokens``, ``targets`` and ``policy.old`` as ``respond`` makes them. With ``normalise``
+    False and responses drawn from the student its expectation, as a sum over tokens, is exactly
+    that gradient. Importance weights are those of single tokens, as in the paper (eq. 6, an
+    approximation for responses that are drawn from a mixture). The loss itself is no estimate of
+    anything; the metrics ``sequence_kl`` (nats per response drawn) and ``ratio`` are.
+
+    Args:
+      loss: of the long-term part, see ``losses.minillm.two_terms``.
+      normalise: returns are means of what follows rather than sums.
+    """
+    terms = partial(two_terms, loss=loss)
+
+    def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
+        mine = predicted(model, params, batch)
+        theirs, real = heard(teacher, state, batch, mine)
+        real, still = vocab or real, jax.lax.stop_gradient((mine.hidden, mine.unembed))
+        q, p = (token_logps(*one, mine.ids, mine.mask, vocab=real) for one in (still, theirs))
+        old = jnp.where(mine.mask > 0, batch["policy"]["old"], 0.0)
+        sampled = {
+            "ids": mine.ids,
+            "old": old,
+            "later": later(p - q, mine.mask, normalise=normalise),
+            "weight": jnp.exp(q - old),
+        }
+        student = (mine.hidden, mine.unembed)
+        total, _ = token_divergence(student, theirs, mine.mask, terms, targets=sampled, vocab=real)
+        weight = mine.mask.sum()
+        rows = (mine.mask.sum(-1) > 0).sum(dtype=jnp.float32)
+        looks = {
+            "sequence_kl": ((q - p).sum(), rows),
+            "ratio": ((sampled["weight"] * mine.mask).sum(), weight),
+        }
+        return total, weight, Aux(looks, state.memory)
 
     return objective
 
