@@ -10,7 +10,6 @@ tested against linear programs.
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import brentq
 
 from w2s_jax.errors import UserError
 
@@ -115,9 +114,10 @@ def inclusion(shares: np.ndarray, budget: int) -> np.ndarray:
         raise UserError(f"cannot draw {budget} different rows of {some}")
     if budget == some:
         return (shares > 0).astype(float)
-    high = budget / shares[shares > 0].min()
-    scale = brentq(lambda s: np.minimum(1.0, s * shares).sum() - budget, 0.0, high, rtol=1e-12)
-    return np.minimum(1.0, float(scale) * shares)
+    left = np.sort(shares)[::-1][:some]
+    scales = (budget - np.arange(some)) / np.cumsum(left[::-1])[::-1]
+    capped = int(np.argmax(scales * left <= 1.0))  # so many of the largest have chance 1
+    return np.minimum(1.0, scales[capped] * shares)
 
 
 def systematic(chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
