@@ -71,7 +71,8 @@ def stored(
     and ``whole0``, the divergence from the whole teacher before the first update.
     """
     from w2s_jax.columns import add_teacher
-    from w2s_jax.losses.distillation import forward_kl, top_k
+    from w2s_jax.losses.distillation import forward_kl
+    from w2s_jax.losses.sparse import top_k
     from w2s_jax.objectives import distill
 
     rows = world.rows(**data | {"lengths": world.Lengths(**data["lengths"])})

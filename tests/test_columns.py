@@ -17,8 +17,9 @@ from w2s_jax.columns import add_reference, add_teacher, digest, live_teacher
 from w2s_jax.data import teachers
 from w2s_jax.data.pairs import pack_pairs, pad_pairs
 from w2s_jax.errors import UserError
-from w2s_jax.losses.distillation import forward_kl, top_k
+from w2s_jax.losses.distillation import forward_kl
 from w2s_jax.losses.preference import dpo
+from w2s_jax.losses.sparse import top_k
 from w2s_jax.mesh import make_mesh, shardings
 from w2s_jax.models.transformer import Config, decode, transformer
 from w2s_jax.objectives import distill, prefer

@@ -9,8 +9,9 @@ import pytest
 
 from w2s_jax.errors import UserError
 from w2s_jax.losses import sequence
-from w2s_jax.losses.distillation import forward_kl, jsd, reverse_kl, top_k
+from w2s_jax.losses.distillation import forward_kl, jsd, reverse_kl
 from w2s_jax.losses.sequence import response_sum, token_divergence, token_nll, token_stats
+from w2s_jax.losses.sparse import top_k
 
 B, T, D, E, V = 4, 6, 5, 7, 11
 

@@ -14,9 +14,10 @@ from w2s_jax.data.pairs import pack_pairs, pad_pairs
 from w2s_jax.errors import UserError
 from w2s_jax.losses import sequence
 from w2s_jax.losses.classification import soft_xent
-from w2s_jax.losses.distillation import forward_kl, jsd, reverse_kl, top_k
+from w2s_jax.losses.distillation import forward_kl, jsd, reverse_kl
 from w2s_jax.losses.policy import ppo_clip, response_mean, sequence_mean, token_mean
 from w2s_jax.losses.preference import aot, dpo, kto, simpo
+from w2s_jax.losses.sparse import top_k
 from w2s_jax.models.heads import classifier
 from w2s_jax.models.lora import lora
 from w2s_jax.models.transformer import Config, decode, transformer

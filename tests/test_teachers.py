@@ -18,7 +18,7 @@ from w2s_jax.columns import add_teacher
 from w2s_jax.data import teachers
 from w2s_jax.data.shards import Shards
 from w2s_jax.errors import UserError
-from w2s_jax.losses import distillation as divergences
+from w2s_jax.losses import sparse
 from w2s_jax.models.transformer import decode
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.types import Table
@@ -297,7 +297,7 @@ def test_the_gradient_of_the_stored_divergence_is_that_of_its_formula(k) -> None
 
     def ours(student):
         said = {"ids": ids, "logits": best, "tail": tail}
-        return (weights * divergences.top_k(student, said)).sum()
+        return (weights * sparse.top_k(student, said)).sum()
 
     np.testing.assert_allclose(ours(student), formula(student), rtol=1e-5)
     found, want = jax.grad(ours)(student), jax.grad(formula)(student)

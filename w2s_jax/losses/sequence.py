@@ -93,12 +93,12 @@ def token_divergence(
     student: tuple[Array, Array],
     teacher: Tree,
     weights: Array,
-    divergence: Callable[..., Array],
+    divergence: Callable[..., Any],
     *,
     targets: Tree = None,
     chunk: int | None = None,
     vocab: int | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Tree]:
     """``(sum(weights * d), d)`` with ``d`` [B, T] a divergence of two next-token distributions.
 
     Args:
@@ -109,7 +109,7 @@ def token_divergence(
       weights: [B, T].
       divergence: ``(student_logits, teacher) -> [...]`` nats per token, where ``student_logits``
         are [..., V] and ``teacher`` is logits [..., V] float32, a list of those, or the chunk of
-        those columns.
+        those columns. Of a tuple the first is summed, all are returned.
       targets: [B, T] ids, or a tree of such columns, which ``divergence`` then has as a third
         argument [...].
       chunk: see ``token_logps``; a live teacher's logits count as well.
@@ -131,15 +131,16 @@ def token_divergence(
     if chunk is None and live:
         chunk = _chunk(unembed.shape[1] + sum(matrix.shape[1] for matrix in matrices))
 
-    def total(logits: Array, columns: Tree) -> tuple[Array, Array]:
+    def total(logits: Array, columns: Tree) -> tuple[Array, Tree]:
         said, weights, targets = columns
         if live:
             width, parts = logits.shape[-1], zip(said, matrices, strict=True)
             said = [_widened(_logits(h, m, _real(m, vocab)), width) for h, m in parts]
             said = said if several else said[0]
         parts = (logits, said) if targets is None else (logits, said, targets)
-        values = jnp.where(weights != 0, divergence(*parts), 0.0)
-        return (weights * values).sum(), values
+        values = jax.tree.map(lambda v: jnp.where(weights != 0, v, 0.0), divergence(*parts))
+        first = values[0] if isinstance(values, tuple) else values
+        return (weights * first).sum(), values
 
     columns = jax.lax.stop_gradient((teacher, weights, targets))
     return head_sum(total, hidden, unembed, columns, chunk=chunk, vocab=vocab)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
-from w2s_jax.losses import distillation, preference
+from w2s_jax.losses import distillation, preference, sparse
 from w2s_jax.losses.classification import soft_xent
 from w2s_jax.models import lora as adapters
 from w2s_jax.models.config import Config, flops_per_token
@@ -248,7 +248,7 @@ def _kd(model: Model, batch: int, length: int, prompt: int, teacher: Config | No
         return objective, columns, batch * length
     bf16 = jax.ShapeDtypeStruct((batch, length, TOP), jnp.bfloat16)
     stored = {"ids": _ints(batch, length, TOP), "logits": bf16, "tail": _floats(batch, length)}
-    return distill(model, distillation.top_k), {**columns, "teacher": stored}, batch * length
+    return distill(model, sparse.top_k), {**columns, "teacher": stored}, batch * length
 
 
 METHODS: dict[str, Callable[..., Method]] = {"sft": _sft, "dpo": _dpo, "kd": _kd}
