@@ -3,21 +3,29 @@
 from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.base import at, classify, language, on_base, predicted
 from w2s_jax.objectives.distillation import distill, distill_classes
+from w2s_jax.objectives.features import Head, Term, match, mutual, weighted, with_projections
 from w2s_jax.objectives.on_policy import minillm, on_policy, sequence_kl
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
 from w2s_jax.objectives.taid import taid, taid_classes, taid_memory
+from w2s_jax.objectives.temperature import curriculum, curriculum_classes, with_temperature
 from w2s_jax.objectives.unpaired import unpaired
 
 __all__ = [
+    "Head",
+    "Term",
     "at",
     "augmented",
     "classify",
+    "curriculum",
+    "curriculum_classes",
     "distill",
     "distill_classes",
     "language",
+    "match",
     "minillm",
+    "mutual",
     "on_base",
     "on_policy",
     "policy_logps",
@@ -32,4 +40,7 @@ __all__ = [
     "taid_classes",
     "taid_memory",
     "unpaired",
+    "weighted",
+    "with_projections",
+    "with_temperature",
 ]

@@ -1,0 +1,116 @@
+"""Distillation at a temperature that is trained against the student.
+
+CTKD (Li et al. 2023, arXiv 2211.16231): the temperature ascends the loss that the student descends,
+first not at all and then with a weight that grows to 1, from easy to hard. As the released code
+(github.com/zhengli97/CTKD) has it with one global temperature,
+
+    T = start + span * sigmoid(theta),   loss = T^2 KL(teacher_T || student_T),
+    the gradient by theta times c,       c = -(1 - cos(pi progress / over)) / 2 up to ``over``.
+
+There c is constant over each epoch; here it moves with every update.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax.losses.sequence import token_divergence
+from w2s_jax.losses.temperature import tempered_kl
+from w2s_jax.objectives.base import predicted
+from w2s_jax.objectives.distillation import Teachers, distill_classes, heard
+from w2s_jax.types import Array, Aux, Batch, Model, Objective, Output, Params, State
+
+
+def with_temperature(model: Model, theta: float = 1.0) -> Model:
+    """``model`` with the scalar that is trained beside it: parameters ``{"student": those of model,
+    "theta": []}``; applied, it is the student. The released code starts ``theta`` at 1."""
+
+    def init(key: Array) -> Params:
+        return {"student": model.init(key), "theta": jnp.float32(theta)}
+
+    def apply(params: Params, x: Array, **columns: Any) -> Output:
+        return model.apply(params["student"], x, **columns)
+
+    return Model(init, apply, {"student": model.axes, "theta": ()}, model.config, model.reads)
+
+
+def curriculum(
+    model: Model,
+    *,
+    teacher: Model,
+    start: Any = 1.0,
+    span: Any = 20.0,
+    over: Any = 10 / 240,
+) -> Objective:
+    """CTKD of next-token distributions, nats per weighted token; parameters as
+    ``with_temperature`` has them, the teacher live in ``state.frozen["teacher"]``.
+
+    Exact, with no more logits at once than ``distill`` has. Metric ``temperature``. The numbers may
+    be traced scalars.
+
+    Args:
+      start, span: the temperature lies between ``start`` and ``start + span``.
+      over: share of the run after which the reversal is whole (10 of 240 epochs).
+
+    Raises:
+      UserError: vocabularies that differ.
+    """
+
+    def objective(params: Params, state: State, batch: Batch, key: Array):
+        live, fixed = _temperature(params, state, start, span, over)
+        mine = predicted(model, params["student"], batch)
+        theirs, vocab = heard(teacher, state, batch, mine)
+        divergence = partial(tempered_kl, temperature=fixed)
+        pair = (mine.hidden, mine.unembed)
+        total, (_, slopes) = token_divergence(pair, theirs, mine.mask, divergence, vocab=vocab)
+        total += jax.lax.stop_gradient((mine.mask * slopes).sum()) * (live - fixed)
+        size = mine.mask.sum()
+        return total, size, Aux({"temperature": (fixed * size, size)}, state.memory)
+
+    return objective
+
+
+def curriculum_classes(
+    model: Model,
+    *,
+    teacher: Teachers = None,
+    start: Any = 1.0,
+    span: Any = 20.0,
+    over: Any = 10 / 240,
+) -> Objective:
+    """CTKD of class distributions, nats per weighted example: ``curriculum`` over
+    ``distill_classes``, whose ``teacher`` may be the column of logits as well."""
+
+    def objective(params: Params, state: State, batch: Batch, key: Array):
+        live, fixed = _temperature(params, state, start, span, over)
+
+        def divergence(mine: Array, theirs: Array) -> Array:
+            value, slope = tempered_kl(mine, theirs, temperature=fixed)
+            return value + slope * (live - fixed)
+
+        asked = distill_classes(model, divergence, teacher=teacher)
+        total, size, aux = asked(params["student"], state, batch, key)
+        return total, size, Aux(aux.metrics | {"temperature": (fixed * size, size)}, aux.memory)
+
+    return objective
+
+
+def reversal(progress: Array, over: Any = 10 / 240) -> Array:
+    """What multiplies the gradient by theta: from 0 down to -1 along a cosine over the first
+    ``over`` of the run, then -1."""
+    return -0.5 * (1.0 - jnp.cos(jnp.pi * jnp.clip(progress / over, 0.0, 1.0)))
+
+
+def _temperature(
+    params: Params, state: State, start: Any, span: Any, over: Any
+) -> tuple[Array, Array]:
+    """The temperature twice: once with a gradient to theta, turned round, and once without."""
+    theta = params["theta"].astype(jnp.float32)
+    still = jax.lax.stop_gradient(theta)
+    turned = still + reversal(state.progress, over) * (theta - still)
+    live = start + span * jax.nn.sigmoid(turned)
+    return live, jax.lax.stop_gradient(live)
