@@ -23,15 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
+from w2s_jax.losses.distillation import taid_cross_entropy
 from w2s_jax.objectives.distillation import Divergence, Teachers, distill, distill_classes
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
 
 Memory = dict[str, Array]
-
-
-def _cross_entropy(student: Array, teacher: Array, *, t: Array) -> Array:
-    mixed = jax.nn.softmax((1 - t) * jax.lax.stop_gradient(student) + t * teacher)
-    return -(mixed * jax.nn.log_softmax(student)).sum(-1)
 
 
 def taid_memory() -> Memory:
@@ -43,14 +39,17 @@ def taid_memory() -> Memory:
     """
     zero = jnp.zeros((), jnp.float32)
     memory = dict.fromkeys(("t", "momentum", "sum", "weight"), zero)
-    return memory | {"previous": jnp.full((), jnp.inf), "step": jnp.zeros((), jnp.int32)}
+    return memory | {
+        "previous": jnp.full((), jnp.inf, jnp.float32),
+        "step": jnp.zeros((), jnp.int32),
+    }
 
 
 def taid(
     model: Model,
     *,
     teacher: Teachers = None,
-    divergence: Divergence = _cross_entropy,
+    divergence: Divergence = taid_cross_entropy,
     start: Any = 0.4,
     end: Any = 1.0,
     alpha: Any = 5e-4,
@@ -66,7 +65,7 @@ def taid(
       divergence: ``(student_logits, teacher, *, t) -> [...]``: ``taid_cross_entropy``, by which the
         released code judges progress, or ``taid``, the Kullback-Leibler divergence of the paper.
         Their gradients are one; the cross-entropy contains the target's entropy, which changes
-        with t, and so does the course of t.
+        with t, and so does the course of t. Both are in ``losses.distillation``.
       start, end: where t begins and where it stops.
       alpha: largest adaptive step; 0 is the same as ``adaptive`` False.
       beta: decay of the momentum.
@@ -86,7 +85,7 @@ def taid_classes(
     model: Model,
     *,
     teacher: Teachers = None,
-    divergence: Divergence = _cross_entropy,
+    divergence: Divergence = taid_cross_entropy,
     start: Any = 0.4,
     end: Any = 1.0,
     alpha: Any = 5e-4,
