@@ -179,6 +179,24 @@ def trunk(config: Trunk) -> Model:
     return Model(init, apply, axes, config, ("image",))
 
 
+def named(name: str, image: tuple[int, int, int], classes: int) -> Model:
+    """The trunk of a short name: "mlp-256-128" and "cnn-16-32" (units or channels per layer),
+    "resnet-56" (depth), "vit-64" (width), each with the usual numbers otherwise.
+
+    Raises:
+      UserError: a name that is none of these, or what its config raises.
+    """
+    kind, *numbers = name.split("-")
+    sizes = tuple(int(number) for number in numbers if number.isdecimal())
+    if len(sizes) == len(numbers) and kind in ("mlp", "cnn"):
+        return trunk((Mlp if kind == "mlp" else Cnn)(image, classes, sizes))
+    if len(sizes) == len(numbers) == 1 and kind == "resnet":
+        return trunk(ResNet(image, classes, depth=sizes[0]))
+    if len(sizes) == len(numbers) == 1 and kind == "vit":
+        return trunk(Vit(image, classes, width=sizes[0]))
+    raise UserError(f"{name!r} names no trunk; write it like mlp-256-128, cnn-16-32, resnet-56")
+
+
 def convolve(x: Array, kernel: Array, stride: int = 1, how: str = "auto") -> Array:
     """Convolution of [B,H,W,I] with ``kernel`` [K,K,I,O], K odd, (K - 1) / 2 zeros on every side.
 
