@@ -10,6 +10,9 @@ from w2s_jax.models.shapes import SHAPES, shape
 from w2s_jax.models.transformer import params_count
 
 PUBLISHED = {  # parameters according to the models' cards and papers
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-2-7b-hf": 6_738_415_616,
+    "llama-2-13b-hf": 13_015_864_320,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-tulu-3-8b-sft": 8_030_326_784,
     "llama-3.2-1b": 1_235_814_400,

@@ -33,6 +33,20 @@ def _llama(width: int, layers: int, heads: int, ffn: int, factor: float, tie: bo
     )
 
 
+def _llama2(width: int, layers: int, heads: int, kv_heads: int, ffn: int, length: int) -> Config:
+    return Config(
+        vocab=32_000,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=ffn,
+        rope=10_000.0,
+        tie=False,
+        max_length=length,
+    )
+
+
 def _qwen(width: int, layers: int, heads: int, groups: int, ffn: int, **more: Any) -> Config:
     traits = dict(vocab=151_936, bias="qkv", eps=1e-6, rope=1e6, max_length=32_768, family="qwen2")
     sizes = dict(width=width, layers=layers, heads=heads, kv_heads=groups, ffn=ffn)
@@ -77,6 +91,9 @@ def _gpt2(width: int, layers: int, heads: int) -> Config:
 
 
 SHAPES: dict[str, Config] = {
+    "tinyllama-1.1b": _llama2(2048, 22, 32, 4, 5632, 2048),
+    "llama-2-7b-hf": _llama2(4096, 32, 32, 32, 11_008, 4096),
+    "llama-2-13b-hf": _llama2(5120, 40, 40, 40, 13_824, 4096),
     "llama-3.1-8b": _llama(4096, 32, 32, 14_336, 8.0, tie=False),
     # Llama 3.1 8B with a padding token, its rows rounded up to a multiple of 8
     "llama-3.1-tulu-3-8b-sft": replace(_llama(4096, 32, 32, 14_336, 8.0, tie=False), vocab=128_264),
