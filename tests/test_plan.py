@@ -171,13 +171,35 @@ def test_distillation_holds_its_teacher() -> None:
          "batch 16 in 4 micro-batches does not divide over data x fsdp = 8"),
         (lambda: drawn(length=65), "65 tokens exceed the 64"),
         (lambda: drawn("dpo", prompt=32), "no room for a prompt of 32"),
-        (lambda: drawn("rlhf"), "'rlhf' is unknown; choose one of sft, dpo, kd"),
+        (lambda: drawn("rlhf"), "'rlhf' is unknown; choose one of sft, dpo, kd, gkd"),
+        (lambda: drawn("gkd", prompt=8), "gkd needs a live teacher"),
+        (lambda: drawn("gkd", teacher=TINY), "the length of the prompts it answers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_refused_in_one_line(ask, words) -> None:
     with pytest.raises(UserError, match=words) as fault:
         ask()
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.slow
+def test_on_policy_distillation_samples_without_a_word_between_devices() -> None:
+    """The student is gathered once a step: of the drawing of a token only its end is agreed on. The
+    teacher, whose vocabulary has more padding, is spread and never copied whole."""
+    import re
+
+    where, teacher = topology("cpu:8"), replace(TINY, vocab=72, width=128, ffn=512)
+    recipe = drawn("gkd", prompt=16, teacher=teacher)
+    assert set(recipe.batch) == {"asked"} and recipe.tokens == 16 * 32
+    found = plan(recipe, where, "fsdp=8")
+    state, held = 3 * params_count(TINY) * 4 / 8, params_count(teacher) * 4 / 8
+    assert found.fits and found.sizes.arguments == pytest.approx(state + held, rel=0.05)
+    passed = flops_per_token(TINY, 32) * 4 / 3 + flops_per_token(teacher, 32) / 3
+    assert found.flops == pytest.approx(passed * 16 * 32)
+    lowered = plans._lower(recipe, meshes.make_mesh("fsdp=8", where.devices))
+    sent = re.compile(r"= (\S+) (?:all-|reduce-scatter|collective).*jvp\(\)/while/(\w+)")
+    inside = {m.groups() for m in map(sent.search, lowered.compile().as_text().splitlines()) if m}
+    assert inside == {("pred[]", "cond")}
 
 
 def test_the_default_mesh_keeps_every_device_busy() -> None:

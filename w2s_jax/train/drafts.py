@@ -20,7 +20,7 @@ from w2s_jax.models.config import Config, flops_per_token
 from w2s_jax.models.heads import classifier, linear
 from w2s_jax.models.shapes import shape
 from w2s_jax.models.transformer import shapes, transformer
-from w2s_jax.objectives import classify, distill, language, on_base, prefer
+from w2s_jax.objectives import classify, distill, language, on_base, on_policy, prefer
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.plan import Draft, Options, Recipe, report
 from w2s_jax.train.topology import prepare
@@ -35,19 +35,20 @@ class Flags:
 
     model: str = "llama-3.1-8b"
     """A published architecture (llama-3.1-8b, qwen2.5-7b, ...), a model folder or a config.json."""
-    method: Literal["sft", "dpo", "kd"] = "dpo"
-    """Language modelling, preference pairs with stored reference, or distillation."""
+    method: Literal["sft", "dpo", "kd", "gkd"] = "dpo"
+    """Language modelling, preference pairs with stored reference, distillation on given rows, or
+    on the student's own responses, drawn inside the step (gkd)."""
     topology: str = "v5e:8x8"
     """v4, v5e, v5p or v6e with the shape of a slice, or cpu:N."""
     batch: int = 64
     """Rows, or pairs, per update."""
     length: int = 2048
-    """Tokens of a row; of a pair, of prompt and one response together."""
+    """Tokens of a row; of a pair, or with gkd, of prompt and one response together."""
     prompt: int = 0
-    """Tokens of the prompt that both responses of a pair share (stored once); 0: pairs as two
-    separate rows whose every token is predicted, the most there can be."""
+    """Tokens of the prompt; of a pair both responses share it (stored once), and 0 means pairs as
+    two separate rows whose every token is predicted, the most there can be."""
     teacher: str | None = None
-    """Distillation: architecture of a live teacher; default a stored one."""
+    """Distillation: architecture of a live teacher; default a stored one, which gkd cannot use."""
     mesh: str | None = None
     """Device mesh, for instance fsdp=32,tensor=2; default fsdp as far as the batch divides."""
     micro: int = 1
@@ -82,19 +83,21 @@ def draft(
     flags: Mapping[str, str] | None = None,
     name: str = "",
 ) -> Draft:
-    """The step of ``method`` ("sft", "dpo", "kd") on the decoder ``config``.
+    """The step of ``method`` ("sft", "dpo", "kd", "gkd") on the decoder ``config``.
 
     Args:
       tune: ``batch`` is rows or pairs, ``micro`` the micro-batches.
-      length: tokens per row; for pairs, of the prompt and one response.
+      length: tokens per row; for pairs and "gkd", of the prompt and one response.
       prompt: tokens of the prompt shared by a pair, one packed pair per row; 0: ``chosen`` and
-        ``rejected`` as rows of their own, every token predicted.
+        ``rejected`` as rows of their own, every token predicted. With "gkd" the rest of ``length``
+        is drawn inside the step.
       rank: of adapters over a frozen base in the compute dtype; 0 trains all weights.
-      teacher: of a live teacher, for "kd"; None reads stored distributions.
+      teacher: of a live teacher, for "kd" and "gkd"; None reads stored distributions.
       alone, flags: see ``Draft``.
 
     Raises:
-      UserError: an unknown method, rows longer than the model reads, or no room for a response.
+      UserError: an unknown method, rows longer than the model reads, no room for a response, or
+        "gkd" without a teacher or a prompt.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -102,6 +105,8 @@ def draft(
         raise UserError(f"{length} tokens exceed the {config.max_length} that the model reads")
     if not 0 <= prompt < length:
         raise UserError(f"a window of {length} tokens has no room for a prompt of {prompt}")
+    if method == "gkd" and (teacher is None or not prompt):
+        raise UserError("gkd needs a live teacher and the length of the prompts it answers")
     build = partial(_build, config, method, tune, length, prompt, teacher)
     kind = f"{method} of rank {rank}" if rank else method
     rows = f"{length:,} tokens" + (f" ({prompt:,} of them the prompt)" if prompt else "")
@@ -141,6 +146,8 @@ def _build(
         flops -= flops_per_token(config, 0) / 3
     if teacher is not None:
         flops += flops_per_token(teacher, length) / 3
+    if method == "gkd":  # every token passes once more, to be drawn or before one is
+        flops += flops_per_token(config, length) / 3
     held = dict(frozen=frozen, places=places) if frozen else {}
     known = (_tuned(tune, options), columns, tokens, flops * tokens)
     return Recipe(objective, params, axes, *known, offload=options.offload, **held)
@@ -251,7 +258,19 @@ def _kd(model: Model, batch: int, length: int, prompt: int, teacher: Config | No
     return distill(model, sparse.top_k), {**columns, "teacher": stored}, batch * length
 
 
-METHODS: dict[str, Callable[..., Method]] = {"sft": _sft, "dpo": _dpo, "kd": _kd}
+def _gkd(model: Model, batch: int, length: int, prompt: int, teacher: Config) -> Method:
+    objective = on_policy(
+        model,
+        partial(distillation.jsd, beta=0.5),
+        teacher=transformer(teacher),
+        tokens=length - prompt,
+        vocab=min(model.config.vocab, teacher.vocab),
+    )
+    asked = dict.fromkeys(("tokens", "segment"), _ints(batch, prompt))
+    return objective, {"asked": asked}, batch * length
+
+
+METHODS: dict[str, Callable[..., Method]] = {"sft": _sft, "dpo": _dpo, "kd": _kd, "gkd": _gkd}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -273,8 +292,8 @@ def _asked(given: Flags) -> Draft:
     config = replace(
         shape(given.model), dtype=given.dtype, param_dtype=given.param_dtype, remat=given.remat
     )
-    if given.teacher and given.method != "kd":
-        raise UserError("--teacher goes with --method kd")
+    if given.teacher and given.method not in ("kd", "gkd"):
+        raise UserError("--teacher goes with --method kd or gkd")
     tune = Tune(
         lr=1e-6,
         batch=given.batch,
