@@ -35,7 +35,7 @@ def cosine(student: Array, teacher: Array) -> Array:
     them is 0 the cosine counts as 0."""
     _alike(student, teacher, "cosine")
     student, teacher = _meet(student, teacher)
-    return 1.0 - _spread((_unit(student) * _unit(teacher)).sum(-1))
+    return 1.0 - _spread((unit(student) * unit(teacher)).sum(-1))
 
 
 def attention_transfer(student: Array, teacher: Array) -> Array:
@@ -90,14 +90,14 @@ def similarity(student: Array, teacher: Array) -> Array:
     """``||N(S S') - N(T T')||_F^2 / B^2`` (Tung and Mori 2019, SP; weight 3000), N making rows of
     length 1. Number [b] is row b's share times B. Invariant to orthogonal maps and to scale."""
     student, teacher = _vectors(student, teacher, "similarity")
-    return jnp.mean((_unit(_gram(student)) - _unit(_gram(teacher))) ** 2, axis=-1)
+    return jnp.mean((unit(_gram(student)) - unit(_gram(teacher))) ** 2, axis=-1)
 
 
 def probabilistic_transfer(student: Array, teacher: Array) -> Array:
     """KL of the two conditional probabilities that example b picks a partner, by cosine similarity
     (Passalis and Tefas 2018, PKT), divided by B; RepDistiller's form with weight 30000."""
     student, teacher = _vectors(student, teacher, "probabilistic_transfer")
-    q, p = (_picks(_unit(x)) for x in (student, teacher))
+    q, p = (_picks(unit(x)) for x in (student, teacher))
     return jnp.mean(p * (jnp.log(p + 1e-7) - jnp.log(q + 1e-7)), axis=-1)
 
 
@@ -132,7 +132,7 @@ def contrastive(student: Array, teacher: Array, *, temperature: float = 0.07) ->
     """
     _alike(student, teacher, "contrastive")
     student, teacher = _vectors(student, teacher, "contrastive")
-    scores = _product(_unit(student), _unit(teacher)) / temperature
+    scores = _product(unit(student), unit(teacher)) / temperature
     mine = jnp.diagonal(scores)
     totals = [jax.nn.logsumexp(scores, axis=axis) for axis in (0, 1)]
     return totals[0] + totals[1] - 2.0 * mine
@@ -168,6 +168,13 @@ def pool_maps(features: Array, high: int, wide: int) -> Array:
     """Maps [B,H,W,C] averaged to [B,high,wide,C]; windows as adaptive average pooling has them."""
     features = jnp.einsum("ih,bhwc->biwc", _windows(features.shape[1], high), features)
     return jnp.einsum("jw,bhwc->bhjc", _windows(features.shape[2], wide), features)
+
+
+def unit(x: Array) -> Array:
+    """Vectors of length 1 along the last axis; what is 0 stays 0 and has no gradient."""
+    squares = (x * x).sum(-1, keepdims=True)
+    some = squares > 1e-24
+    return jnp.where(some, x * jax.lax.rsqrt(jnp.where(some, squares, 1.0)), 0.0)
 
 
 def _windows(size: int, parts: int) -> Array:
@@ -219,16 +226,9 @@ def _spread(values: Array) -> Array:
     return values.mean((1, 2)) if values.ndim == 3 else values
 
 
-def _unit(x: Array) -> Array:
-    """Vectors of length 1 along the last axis; what is 0 stays 0 and has no gradient."""
-    squares = (x * x).sum(-1, keepdims=True)
-    some = squares > 1e-24
-    return jnp.where(some, x * jax.lax.rsqrt(jnp.where(some, squares, 1.0)), 0.0)
-
-
 def _energy(x: Array) -> Array:
     squares = jnp.mean(x * x, axis=-1)
-    return _unit(squares.reshape(len(squares), -1))
+    return unit(squares.reshape(len(squares), -1))
 
 
 def _heads(student: Array, teacher: Array) -> tuple[Array, Array]:

@@ -31,7 +31,8 @@ class Head:
 
 
 def classifier(body: Model, classes: int = 2, feature: str = "last", probe: bool = False) -> Model:
-    """A body with a bias-free linear head that starts at exactly zero: logits [B,C] float32.
+    """A body with a bias-free linear head that starts at exactly zero: logits [B,C] float32, and
+    the taps of the body.
 
     Parameters are ``{"body": ..., "head": {"kernel" [D,C], ...}}``; ``attach`` makes them from a
     trained body. The head reads
@@ -64,7 +65,7 @@ def classifier(body: Model, classes: int = 2, feature: str = "last", probe: bool
         if feature == "likelihood":
             s = 20.0 * parts["surprise"] @ params["head"]["likelihood"].astype(jnp.float32)
             logits = logits + jnp.stack([-s / 2, s / 2], axis=-1)
-        return Output(logits=logits)
+        return Output(logits=logits, taps=parts["taps"])
 
     head_axes: dict[str, Any] = {"kernel": ("embed", "classes")}
     if feature == "likelihood":
@@ -180,8 +181,9 @@ def surprise(nll: Array, mask: Array) -> Array:
     return jnp.where(some, rows, 0.0)
 
 
-def _read(head: Head, params: Params, batch: Batch) -> dict[str, Array]:
-    """The parts of a head's input: ``hidden`` [B,D] and, for likelihood, ``surprise`` [B,3]."""
+def _read(head: Head, params: Params, batch: Batch) -> dict[str, Any]:
+    """The parts of a head's input: ``hidden`` [B,D] and, for likelihood, ``surprise`` [B,3]; and
+    the body's ``taps``."""
     if head.feature != "last" and "mask" not in batch:
         raise UserError(f"the {head.feature!r} head needs column 'mask', got {sorted(batch)}")
     if head.probe:
@@ -191,8 +193,9 @@ def _read(head: Head, params: Params, batch: Batch) -> dict[str, Array]:
     if head.feature == "mean":
         counts = (batch["mask"] > 0).astype(jnp.float32)[..., None]
         mean = (hidden.astype(jnp.float32) * counts).sum(1) / jnp.maximum(counts.sum(1), 1.0)
-        return {"hidden": mean}
-    parts = {"hidden": _last(hidden, batch.get("segment")).astype(jnp.float32)}
+        return {"hidden": mean, "taps": output.taps}
+    parts: dict[str, Any] = {"hidden": _last(hidden, batch.get("segment")).astype(jnp.float32)}
+    parts["taps"] = output.taps
     if head.feature == "likelihood":
         mask = batch["mask"][:, 1:]
         logps = token_logps(hidden[:, :-1], output.unembed, batch["tokens"][:, 1:], mask)

@@ -2,8 +2,17 @@
 
 from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.base import at, classify, language, on_base, predicted
+from w2s_jax.objectives.contrast import remembered
 from w2s_jax.objectives.distillation import distill, distill_classes
-from w2s_jax.objectives.features import Head, Term, match, mutual, weighted, with_projections
+from w2s_jax.objectives.features import (
+    Head,
+    Term,
+    match,
+    match_memory,
+    mutual,
+    weighted,
+    with_projections,
+)
 from w2s_jax.objectives.on_policy import minillm, on_policy, sequence_kl
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
@@ -24,6 +33,7 @@ __all__ = [
     "distill_classes",
     "language",
     "match",
+    "match_memory",
     "minillm",
     "mutual",
     "on_base",
@@ -33,6 +43,7 @@ __all__ = [
     "prefer",
     "rank",
     "reinforce",
+    "remembered",
     "response_logps",
     "response_rewards",
     "sequence_kl",

@@ -13,7 +13,8 @@ Each model runs forward once per step, whatever the number of terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,10 +36,12 @@ from w2s_jax.types import (
     Params,
     State,
     Table,
+    Tree,
     forward,
 )
 
 Shape = tuple[int, ...]
+Memories = dict[str, Tree]
 _PROJECTION = 0x70726F6A  # tells the keys of projections from the student's own
 
 
@@ -61,15 +64,17 @@ class Term:
     ``loss(student, teacher) -> [B]``, [B,T] of tokens, or [] of a batch (``losses.features``), on
     the taps with these numbers (-1 the last), through ``head`` where there is one, times ``weight``
     (a number, a traced scalar, or a schedule). ``pool`` averages tokens or places first, as losses
-    of relations need it of tokens.
+    of relations need it of tokens. With ``memory`` (``key ->`` what it is at the start) the loss
+    has the keywords ``memory``, ``batch`` and ``key`` and gives ``(values, new memory)``.
     """
 
-    loss: Callable[..., Array]
+    loss: Callable[..., Any]
     student: int = -1
     teacher: int = -1
     weight: Any = 1.0
     head: Head | None = None
     pool: bool = False
+    memory: Callable[[Array], Tree] | None = None
 
 
 def match(
@@ -82,8 +87,9 @@ def match(
 
     The mean is over examples (by the column ``weight`` [B], if any) or, of a loss [B,T], over real
     tokens (``segment`` > 0; without it all). Parameters are ``{"student": ..., "projections":
-    ...}`` (``with_projections``), the teacher's are ``state.frozen["teacher"]``. Metrics: those of
-    ``main`` and ``match_0``, ``match_1``, ... before weighting.
+    ...}`` (``with_projections``), the teacher's are ``state.frozen["teacher"]``. ``State.memory``
+    is that of ``main`` or, where terms have one, ``match_memory``. Metrics: those of ``main`` and
+    ``match_0``, ``match_1``, ... before weighting.
 
     Args:
       main: makes the main objective from two models that have answered already, so that it costs no
@@ -92,10 +98,13 @@ def match(
 
     Raises:
       UserError: a tap that is not there, features that the loss cannot compare, a main objective
-        that asks the models about something else.
+        that asks the models about something else, a memory that was not passed.
     """
+    remembers = any(term.memory for term in terms)
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
+        memories = _memories(state) if remembers else {}
+        state = replace(state, memory=memories["main"]) if remembers else state
         mine = forward(model, params["student"], batch)
         theirs = forward(teacher, jax.lax.stop_gradient(state.frozen["teacher"]), batch)
         asked = main(_answered(model, mine, batch), _answered(teacher, theirs, batch))
@@ -103,14 +112,23 @@ def match(
         metrics = dict(aux.metrics)
         for i, term in enumerate(terms):
             pair = _pair(term, i, mine, theirs)
-            head = params["projections"].get(str(i))
-            sums = _weighed(_values(term, i, head, *pair, batch), batch)
+            with _named(term, i):
+                parts = _projected(term, params["projections"].get(str(i)), *pair, batch)
+                values, memories = _said(term, i, parts, memories, batch, key)
+            sums = _weighed(values, batch)
             scale = at_progress(term.weight, state.progress)
             total += scale * weight * sums[0] / jnp.where(sums[1] == 0, 1.0, sums[1])
             metrics[f"match_{i}"] = sums
-        return total, weight, Aux(metrics, aux.memory)
+        memory = memories | {"main": aux.memory} if remembers else aux.memory
+        return total, weight, Aux(metrics, memory)
 
     return objective
+
+
+def match_memory(terms: Sequence[Term], key: Array, main: Tree = ()) -> Tree:
+    """``State.memory`` at the start for ``match``: ``main`` is that of the main objective."""
+    own = {str(i): t.memory(jax.random.fold_in(key, i)) for i, t in enumerate(terms) if t.memory}
+    return own | {"main": main} if own else main
 
 
 def with_projections(model: Model, teacher: Model, terms: Sequence[Term], table: Table) -> Model:
@@ -291,19 +309,39 @@ def _pair(term: Term, i: int, mine: Output, theirs: Output) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
-def _values(
-    term: Term, i: int, head: Params | None, student: Array, teacher: Array, batch: Batch
-) -> Array:
-    """What the term's loss says: [B], [B,T] or []."""
-    teacher = jax.lax.stop_gradient(teacher)
-    parts = _pooled(term, student, teacher, batch=batch)
+@contextlib.contextmanager
+def _named(term: Term, i: int) -> Iterator[None]:
+    """A bad input said of the term."""
     try:
-        if term.head is not None:
-            parts = term.head.apply(head, *parts)
-        return term.loss(*parts)
+        yield
     except UserError as error:
         taps = f"student tap {term.student}, teacher tap {term.teacher}"
         raise UserError(f"match: term {i} ({taps}): {error}") from None
+
+
+def _memories(state: State) -> Memories:
+    if not isinstance(state.memory, dict) or "main" not in state.memory:
+        raise UserError("match: a term has a memory; pass memory=match_memory(terms, key)")
+    return state.memory
+
+
+def _projected(
+    term: Term, head: Params | None, student: Array, teacher: Array, batch: Batch
+) -> tuple[Array, ...]:
+    """The arguments of the term's loss."""
+    parts = _pooled(term, student, jax.lax.stop_gradient(teacher), batch=batch)
+    return parts if term.head is None else term.head.apply(head, *parts)
+
+
+def _said(
+    term: Term, i: int, parts: tuple[Array, ...], memories: Memories, batch: Batch, key: Array
+) -> tuple[Array, Memories]:
+    """The values of the term's loss, and the memories with its own moved on."""
+    if term.memory is None:
+        return term.loss(*parts), memories
+    own = jax.random.fold_in(key, _PROJECTION + i)
+    values, kept = term.loss(*parts, memory=memories[str(i)], batch=batch, key=own)
+    return values, memories | {str(i): kept}
 
 
 def _pooled(term: Term, *features: Array, batch: Batch | None = None) -> tuple[Array, ...]:
