@@ -17,6 +17,7 @@ from w2s_jax.objectives.on_policy import minillm, on_policy, sequence_kl
 from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
+from w2s_jax.objectives.selective import selective, selective_memory
 from w2s_jax.objectives.taid import taid, taid_classes, taid_memory
 from w2s_jax.objectives.temperature import curriculum, curriculum_classes, with_temperature
 from w2s_jax.objectives.unpaired import unpaired
@@ -46,6 +47,8 @@ __all__ = [
     "remembered",
     "response_logps",
     "response_rewards",
+    "selective",
+    "selective_memory",
     "sequence_kl",
     "taid",
     "taid_classes",
