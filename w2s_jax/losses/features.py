@@ -34,7 +34,7 @@ def cosine(student: Array, teacher: Array) -> Array:
     """``1 - cos`` of the angle between two features (along the channels), in [0, 2]; where one of
     them is 0 the cosine counts as 0."""
     _alike(student, teacher, "cosine")
-    student, teacher = _meet(student, teacher)
+    student, teacher = meet(student, teacher)
     return 1.0 - _spread((unit(student) * unit(teacher)).sum(-1))
 
 
@@ -44,7 +44,7 @@ def attention_transfer(student: Array, teacher: Array) -> Array:
     Komodakis 2017, AT; weight 1000)."""
     if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher):
         raise _mismatch("attention_transfer", "maps [B,H,W,C]", student, teacher)
-    student, teacher = _meet(student, teacher)
+    student, teacher = meet(student, teacher)
     return jnp.mean((_energy(student) - _energy(teacher)) ** 2, axis=-1)
 
 
@@ -104,7 +104,7 @@ def probabilistic_transfer(student: Array, teacher: Array) -> Array:
 def alignment(student: Array, teacher: Array) -> Array:
     """``1 - CKA`` (linear; Kornblith et al. 2019), one number [] per batch, in [0, 1].
 
-    Invariant to orthogonal maps, translation and scale.
+    Invariant to orthogonal maps, translation and scale; 1 where all examples coincide.
     """
     student, teacher = _vectors(student, teacher, "alignment")
     a, b = (_gram(x - x.mean(0, keepdims=True)) for x in (student, teacher))
@@ -170,6 +170,16 @@ def pool_maps(features: Array, high: int, wide: int) -> Array:
     return jnp.einsum("jw,bhwc->bhjc", _windows(features.shape[2], wide), features)
 
 
+def meet(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """Both in float32, the teacher detached, the larger of two maps averaged to the smaller."""
+    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    student = student.astype(jnp.float32)
+    if student.ndim == teacher.ndim == 4 and student.shape[1:3] != teacher.shape[1:3]:
+        sides = [min(pair) for pair in zip(student.shape[1:3], teacher.shape[1:3], strict=True)]
+        student, teacher = (pool_maps(x, *sides) for x in (student, teacher))
+    return student, teacher
+
+
 def unit(x: Array) -> Array:
     """Vectors of length 1 along the last axis; what is 0 stays 0 and has no gradient."""
     squares = (x * x).sum(-1, keepdims=True)
@@ -184,20 +194,10 @@ def _windows(size: int, parts: int) -> Array:
     return jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.float32)
 
 
-def _meet(student: Array, teacher: Array) -> tuple[Array, Array]:
-    """Both in float32, the teacher detached, the larger of two maps averaged to the smaller."""
-    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
-    student = student.astype(jnp.float32)
-    if student.ndim == teacher.ndim == 4 and student.shape[1:3] != teacher.shape[1:3]:
-        sides = [min(pair) for pair in zip(student.shape[1:3], teacher.shape[1:3], strict=True)]
-        student, teacher = (pool_maps(x, *sides) for x in (student, teacher))
-    return student, teacher
-
-
 def _met(student: Array, teacher: Array, name: str) -> Array:
     """The difference of two features that have met."""
     _alike(student, teacher, name)
-    student, teacher = _meet(student, teacher)
+    student, teacher = meet(student, teacher)
     return student - teacher
 
 

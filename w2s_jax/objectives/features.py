@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
 from w2s_jax.losses.distillation import forward_kl
-from w2s_jax.losses.features import pool_tokens
+from w2s_jax.losses.features import meet, pool_tokens
 from w2s_jax.objectives.base import at
 from w2s_jax.types import (
     Array,
@@ -175,7 +175,11 @@ def linear() -> Head:
     def init(key: Array, student: Shape, teacher: Shape) -> Params:
         return _dense(key, student[-1], teacher[-1])
 
-    return Head(init, lambda params, student, teacher: (_affine(params, student), teacher))
+    def apply(params: Params, student: Array, teacher: Array) -> tuple[Array, ...]:
+        student, teacher = meet(student, teacher)
+        return _affine(params, student), teacher
+
+    return Head(init, apply)
 
 
 def regressor(variance: float = 5.0) -> Head:
@@ -191,7 +195,7 @@ def regressor(variance: float = 5.0) -> Head:
         return {"maps": maps, "scale": jnp.full(teacher[-1:], start)}
 
     def apply(params: Params, student: Array, teacher: Array) -> tuple[Array, ...]:
-        x = student.astype(jnp.float32)
+        x, teacher = meet(student, teacher)
         for i, kernel in enumerate(params["maps"]):
             x = (jax.nn.relu(x) if i else x) @ kernel
         return x, teacher, params["scale"]
