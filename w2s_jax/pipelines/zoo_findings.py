@@ -115,18 +115,16 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     if tokens:
         trained = [row for row in tokens if row["divergence"] != "start"]
         bars = partial(draw.bars, trained, x="divergence", hue="mode", panel="student", height=5.0)
-        dots = partial(draw.scatter, _of(trained, mode="live"), panel="student", hue="divergence")
         paths += [
             bars(y="sampled", ylabel="sampled accuracy, test", path=folder / "tokens.png"),
-            dots(
-                x="forward", y="reverse", xlabel="KL(teacher, student), nats per token",
-                ylabel="KL(student, teacher)", path=folder / "divergences.png",
-            ),
             bars(y="entropy", ylabel="entropy, nats per token", path=folder / "entropy.png"),
-            bars(
-                y="exposure", ylabel="reverse KL, own minus given", path=folder / "exposure.png"
-            ),
-        ]  # fmt: skip
+            bars(y="exposure", ylabel="reverse KL, own minus given", path=folder / "exposure.png"),
+        ]
+        mode = "live" if _of(trained, mode="live") else trained[0]["mode"]
+        live = _of(trained, mode=mode)
+        dots = partial(draw.scatter, live, panel="student", hue="divergence")
+        words = dict(xlabel="KL(teacher, student), nats per token", ylabel="KL(student, teacher)")
+        paths.append(dots(x="forward", y="reverse", path=folder / "divergences.png", **words))
     part = partial(_of, pictures)
     looks: list[tuple[str, Any, dict[str, Any]]] = [
         ("losses", draw.bars, dict(x="divergence", hue="mode", panel="student", height=5.0)),

@@ -76,7 +76,7 @@ class Pictures:
 
     ``data`` as in ``data.images.pictures``; ``labels`` are the rows of which a student learns, the
     first for the comparison of ``losses``; ``students`` are named "mlp-16" (hidden units) or "cnn-4"
-    (channels of the first of two stages). ``shift`` is how far live pictures are moved, in pixels.
+    (channels of the first of two stages). ``shift`` is how far live pictures move, in pixels.
     """
 
     ctx: Context
