@@ -1,0 +1,286 @@
+"""Pseudo-subclasses of a teacher's embedding (LELP, Loo et al. 2024, arXiv 2409.20449), its rivals,
+and students of all of them as one program.
+
+The paper gives the pieces (per-class principal directions of the last embedding, optionally off the
+row space of the output weights, a random rotation, a tempered softmax times the class probability,
+one cross-entropy over all subclasses). How coordinates are centred and scaled is our reading.
+
+Classes are laid out as [C,M]: M places for subclasses, of which a run uses the first ``splits``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from w2s_jax.errors import UserError
+from w2s_jax.train.optim import Tune
+from w2s_jax.train.population import Population, population
+from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, Table, forward
+
+SPLIT = ("lelp", "random", "k-means", "subclass")  # arms that choose a number of subclasses
+HOT = ("kd", "embedding", "subclass")  # arms whose students have the teacher's temperature too
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures [N,H,W,C], their classes and true subclasses [N]; those from ``known`` on are for
+    test. ``rows`` [S,n] are the students', ``taught`` [S,m] the teachers', ``dev`` [S,d]."""
+
+    image: np.ndarray
+    label: np.ndarray
+    fine: np.ndarray
+    known: int
+    rows: np.ndarray
+    taught: np.ndarray
+    dev: np.ndarray
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One student: what it is taught and how."""
+
+    seed: int
+    arm: str
+    splits: int = 1
+    beta: float = 0.0
+    tau: float = 1.0
+    weight: float = 0.0
+    off_logits: bool = True
+    rotate: bool = True
+    lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Where subclasses point: ``mean`` [C,D], ``basis`` [C,D,S], ``scale`` [C] of each class, and
+    ``outside`` [D,r], the orthonormal directions that are taken out first."""
+
+    mean: np.ndarray
+    basis: np.ndarray
+    scale: np.ndarray
+    outside: np.ndarray
+
+
+def directions(
+    embeddings: np.ndarray,
+    classes: np.ndarray,
+    splits: int,
+    *,
+    weights: np.ndarray | None = None,
+    rotate: bool = True,
+    seed: int = 0,
+) -> Directions:
+    """The first ``splits`` principal directions of each class's embeddings [N,D].
+
+    Args:
+      classes: [N], what the teacher says (its argmax), so that no label is needed.
+      weights: the teacher's output weights [D,C]: their column space, which the logits show
+        already, is taken out of the embeddings first (the "null space"). None: it is kept.
+      rotate: turn the directions of each class by a random orthonormal matrix, so that all have
+        the same expected variance; drawn from ``seed``.
+
+    Raises:
+      UserError: a class with fewer rows, or embeddings with fewer directions, than ``splits``.
+    """
+    width, count = embeddings.shape[1], int(classes.max()) + 1
+    outside = np.zeros((width, 0)) if weights is None else _column_space(weights)
+    inside = embeddings - embeddings @ outside @ outside.T
+    room = min(width - outside.shape[1], *np.bincount(classes, minlength=count))
+    if splits > room:
+        raise UserError(
+            f"{splits} subclasses of a class with {room} rows or free directions: ask for fewer"
+        )
+    rng, mean, basis, scale = np.random.default_rng([seed, splits]), [], [], []
+    for number in range(count):
+        rows = inside[classes == number]
+        mean.append(rows.mean(0))
+        vectors = np.linalg.svd(rows - mean[-1], full_matrices=False)[2][:splits].T
+        vectors = vectors * np.where(vectors.sum(0) < 0, -1.0, 1.0)  # signs of the SVD are free
+        if rotate:
+            q, r = np.linalg.qr(rng.normal(size=(splits, splits)))
+            vectors = vectors @ (q * np.sign(np.diag(r)))
+        basis.append(vectors)
+        scale.append(((rows - mean[-1]) @ vectors).std())
+    spread = np.maximum(scale, 1e-6)
+    return Directions(np.stack(mean), np.stack(basis), spread, outside)
+
+
+def coordinates(found: Directions, embeddings: np.ndarray) -> np.ndarray:
+    """Projections [N,C,S] of embeddings [N,D] on every class's directions, centred and divided by
+    the standard deviation over the class's rows and directions (so that beta has no unit)."""
+    inside = embeddings - embeddings @ found.outside @ found.outside.T
+    centred = inside[:, None] - found.mean
+    return np.einsum("ncd,cds->ncs", centred, found.basis) / found.scale[:, None]
+
+
+def soften(probabilities: np.ndarray, projections: np.ndarray, beta: float) -> np.ndarray:
+    """Targets [N,C,S]: class probabilities [N,C] times a softmax of projections [N,C,S] / beta."""
+    scores = projections / beta
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return probabilities[..., None] * scores / scores.sum(-1, keepdims=True)
+
+
+def divide(probabilities: np.ndarray, groups: np.ndarray, splits: int) -> np.ndarray:
+    """Targets [N,C,S]: all of a class's probability [N,C] on the subclass ``groups`` [N,C] (-1: the
+    same on each)."""
+    hard = np.eye(splits)[np.maximum(groups, 0)]
+    share = np.where(groups[..., None] < 0, 1.0 / splits, hard)
+    return probabilities[..., None] * share
+
+
+def clusters(
+    embeddings: np.ndarray, classes: np.ndarray, rows: np.ndarray, splits: int, seed: int
+) -> np.ndarray:
+    """Groups [N,C]: the nearest of ``splits`` k-means centres of each class, found on ``rows``."""
+    from sklearn.cluster import KMeans
+
+    groups = []
+    for number in range(int(classes.max()) + 1):
+        members = embeddings[rows[classes[rows] == number]]
+        if len(members) < splits:
+            raise UserError(f"{splits} clusters of a class with {len(members)} rows: ask for fewer")
+        means = KMeans(splits, n_init=4, random_state=seed).fit(members)  # type: ignore[arg-type]
+        groups.append(means.predict(embeddings))
+    return np.stack(groups, axis=1)
+
+
+def targets(
+    pool: Pool, heard: Mapping[str, np.ndarray], one: Setting, counts: Sequence[int]
+) -> np.ndarray:
+    """What a student is taught about the known rows [known,C,S].
+
+    Args:
+      heard: what teachers say: ``logits`` [S,K,N,C,M] of those with ``counts`` [K] subclasses (the
+        plain one first), and of the plain ones ``embedding`` [S,N,D], output ``kernel`` [S,D,C].
+    """
+    rows, label = pool.rows[one.seed], pool.label[: pool.known]
+    logits = heard["logits"][one.seed, :, : pool.known]
+    plain, embedding = logits[0, ..., 0], heard["embedding"][one.seed, : pool.known]
+    chances = _softmax(plain / one.tau)
+    named = plain.argmax(-1)
+    if one.arm == "truth":
+        return np.eye(chances.shape[-1])[label][..., None]
+    if one.arm == "subclass":
+        own = logits[counts.index(one.splits), ..., : one.splits] / one.tau
+        return _softmax(own.reshape(len(own), -1)).reshape(own.shape)
+    if one.arm == "lelp":
+        weights = heard["kernel"][one.seed] if one.off_logits else None
+        turn = {"weights": weights, "rotate": one.rotate, "seed": one.seed}
+        found = directions(embedding[rows], named[rows], one.splits, **turn)
+        return soften(chances, coordinates(found, embedding), one.beta)
+    if one.arm == "k-means":
+        groups = clusters(embedding, named, rows, one.splits, one.seed)
+        return divide(chances, groups, one.splits)
+    if one.arm == "random":
+        rng = np.random.default_rng([3, one.seed, one.splits])
+        return divide(chances, rng.integers(0, one.splits, chances.shape), one.splits)
+    if one.arm == "oracle":
+        own = np.arange(chances.shape[-1]) == label[:, None]
+        groups = np.where(own, pool.fine[: pool.known, None], -1)
+        return divide(chances, groups, one.splits)
+    return chances[..., None]  # distillation, with the embedding or without
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    scores = np.exp(logits - logits.max(-1, keepdims=True))
+    return scores / scores.sum(-1, keepdims=True)
+
+
+def wide(targets: np.ndarray, places: int) -> np.ndarray:
+    """Targets [N,C,S] as the column ``label`` [N,C*places] float32, zero where no subclass is."""
+    count, classes, splits = targets.shape
+    padded = np.zeros((count, classes, places), np.float32)
+    padded[..., :splits] = targets
+    return padded.reshape(count, -1)
+
+
+def masked(logits: Array, classes: int, places: int, splits: Any) -> Array:
+    """The first C*M logits as [B,C,M], where the places from ``splits`` on have no probability."""
+    grid = logits[:, : classes * places].reshape(-1, classes, places)
+    return jnp.where(jnp.arange(places)[None, None] < splits, grid, -1e9)
+
+
+def student_loss(
+    logits: Array, batch: Batch, *, classes: int, places: int, splits: Any, heat: Any, weight: Any
+) -> Array:
+    """heat^2 times the cross-entropy to ``label`` at temperature ``heat``, [B] nats; plus
+    ``weight`` times the mean squared distance of the logits behind the C*M from ``features``."""
+    grid = masked(logits, classes, places, splits) / heat
+    logp = jax.nn.log_softmax(grid.reshape(grid.shape[0], -1))
+    loss = -jnp.square(heat) * (batch["label"] * logp).sum(-1)
+    hint = jnp.square(logits[:, classes * places :] - batch["features"]).mean(-1)
+    return loss + weight * hint
+
+
+def teacher_loss(
+    logits: Array, batch: Batch, *, classes: int, places: int, splits: Any, weight: float
+) -> Array:
+    """Cross-entropy of the summed class probabilities to ``label`` [B,C], [B] nats, and for several
+    subclasses ``weight`` times what keeps them apart (our reading of Mueller et al. 2020, arXiv
+    2002.03936): logits, standardised per example, should be like themselves and no other's."""
+    grid = masked(logits, classes, places, splits)
+    logp = jax.nn.log_softmax(jax.nn.logsumexp(grid, -1))
+    used = grid > -1e8
+    count = used.sum((1, 2), keepdims=True)
+    mean = jnp.where(used, grid, 0.0).sum((1, 2), keepdims=True) / count
+    centred = jnp.where(used, grid - mean, 0.0)
+    spread = jnp.sqrt(jnp.square(centred).sum((1, 2), keepdims=True) / count + 1e-6)
+    unit = (centred / spread).reshape(grid.shape[0], -1)
+    likeness = unit @ unit.T / count[:, 0]
+    apart = jax.nn.logsumexp(likeness, -1) - jnp.diagonal(likeness)
+    return -(batch["label"] * logp).sum(-1) + jnp.where(splits > 1, weight, 0.0) * apart
+
+
+def named(logits: Array, classes: int, places: int, splits: Sequence[int]) -> Array:
+    """The classes [len(splits), B] int8 of largest summed probability, for each number of
+    subclasses that a run may have."""
+    sums = [jax.nn.logsumexp(masked(logits, classes, places, s), -1) for s in splits]
+    return jnp.stack(sums).argmax(-1).astype(jnp.int8)
+
+
+def train(
+    model: Model,
+    loss: Callable[..., Array],
+    tables: Sequence[Table],
+    tune: Tune,
+    seeds: Sequence[int],
+    rows: np.ndarray,
+    hyper: dict[str, np.ndarray],
+    look: Callable[[Params, Batch], Any],
+    data: Batch,
+) -> Population:
+    """One program: ``model`` under ``loss(logits, batch, **hyper)`` once per seed and table; its
+    ``curve`` is ``look(params, data)`` at the end.
+
+    Raises:
+      UserError: a run that diverged.
+    """
+
+    def objective(row: dict[str, Array]) -> Objective:
+        def one(params: Params, state: State, batch: Batch, key: Array):
+            values = loss(forward(model, params, batch).logits, batch, **row)
+            weight = jnp.full((), values.shape[0], jnp.float32)
+            return values.sum(), weight, Aux({}, state.memory)
+
+        return one
+
+    done = population(
+        *(objective, model.init, tables, tune, seeds),
+        **{"hyper": hyper, "rows": rows, "axes": model.axes},
+        **{"probe": look, "data": data, "points": 1},
+    )
+    if done.failed:
+        raise UserError(f"{len(done.failed)} runs diverged, the first {done.failed[0]}: lower lrs")
+    return done
+
+
+def _column_space(weights: np.ndarray) -> np.ndarray:
+    """Orthonormal columns [D,r] spanning those of ``weights`` [D,C]."""
+    vectors, values, _ = np.linalg.svd(np.asarray(weights, np.float64), full_matrices=False)
+    return vectors[:, values > 1e-6 * max(values.max(), 1e-30)]
