@@ -144,7 +144,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         problems=32, steps=(1,), dev=20, test=30, own=4, length=64, answer=24, lrs=(1e-3,),
         picture_teacher="mlp-32", picture_students=("mlp-8",), picture_lrs=(1e-2,),
         picture_train=200, picture_dev=50, picture_test=100, labels=(60, 30),
-        losses=("ce", "kd T=4"), modes=("stored", "on-policy"), picture_tune=replace(SMALL, steps=20),
+        losses=("ce", "kd T=4"), modes=("stored", "on-policy"),
+        picture_tune=replace(SMALL, steps=20),
         teacher_tune=replace(SMALL, lr=1e-2, steps=50),
     ),
     # no paper's: on-policy distillation of a 7B teacher into a 0.5B student with the settings of

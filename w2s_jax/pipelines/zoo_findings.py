@@ -123,7 +123,9 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
         mode = "live" if _of(trained, mode="live") else trained[0]["mode"]
         live = _of(trained, mode=mode)
         dots = partial(draw.scatter, live, panel="student", hue="divergence")
-        words = dict(xlabel="KL(teacher, student), nats per token", ylabel="KL(student, teacher)")
+        words: Any = dict(
+            xlabel="KL(teacher, student), nats per token", ylabel="KL(student, teacher)"
+        )
         paths.append(dots(x="forward", y="reverse", path=folder / "divergences.png", **words))
     part = partial(_of, pictures)
     looks: list[tuple[str, Any, dict[str, Any]]] = [

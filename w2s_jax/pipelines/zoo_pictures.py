@@ -75,7 +75,7 @@ class Pictures:
     """What all runs share.
 
     ``data`` as in ``data.images.pictures``; ``labels`` are the rows of which a student learns, the
-    first for the comparison of ``losses``; ``students`` are named "mlp-16" (hidden units) or "cnn-4"
+    first for the comparison of ``losses``; ``students`` are named "mlp-16" (units) or "cnn-4"
     (channels of the first of two stages). ``shift`` is how far live pictures move, in pixels.
     """
 
