@@ -1,0 +1,236 @@
+"""The temperature that is trained against the student: exact, turned round, without V x tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from test_losses_features import wave
+
+from w2s_jax.data.packing import with_targets
+from w2s_jax.errors import UserError
+from w2s_jax.losses import sequence
+from w2s_jax.losses.temperature import tempered_kl
+from w2s_jax.models.heads import linear
+from w2s_jax.models.transformer import decode
+from w2s_jax.objectives import curriculum, curriculum_classes, with_temperature
+from w2s_jax.objectives.temperature import reversal
+from w2s_jax.train.fit import make_step, start
+from w2s_jax.train.optim import Tune, optimizer
+from w2s_jax.types import Model, Output, State, Table, forward
+
+V = 40
+KEY = jax.random.key(0)
+PROBE = linear(6, 6)
+
+
+def bigrams(width, rows=V):
+    """The smallest model of tokens: each says what follows it."""
+
+    def init(key):
+        keys = jax.random.split(key)
+        made = {"embed": (V, width), "unembed": (width, rows)}
+        return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, made.items(), strict=True)}
+
+    def apply(params, tokens):
+        return Output(params["embed"][tokens], params["unembed"], vocab=V if rows > V else None)
+
+    return Model(init, apply, {"embed": None, "unembed": None}, (width, rows), ("tokens",))
+
+
+MODEL, TEACHER = bigrams(4), bigrams(6, 48)
+
+
+def state(frozen, progress):
+    return State(jnp.int32(1200 * progress), jnp.int32(1200), (), (), frozen)
+
+
+def dense(student, teacher, theta, span=20.0):
+    """T^2 KL, every derivative by autodiff."""
+    warm = 1 + span * jax.nn.sigmoid(theta)
+    log_p, log_q = (jax.nn.log_softmax(z / warm) for z in (teacher, student))
+    return warm**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("t", [0.5, 3.0])
+def test_the_derivative_by_the_temperature_is_autodiffs(t):
+    student, teacher = 2 * wave(4, 6), 3 * wave(4, 6, phase=1.0)
+
+    def plain(student, t):
+        log_p, log_q = (jax.nn.log_softmax(z / t) for z in (teacher, student))
+        value = t**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        return value.sum(), value
+
+    def ours(student, t):
+        value, slope = tempered_kl(student, teacher, temperature=t)
+        return value.sum(), (value, slope)
+
+    @jax.jit
+    def both(student, t):
+        slopes = jax.jvp(lambda t: plain(student, t)[1], (t,), (1.0,))[1]
+        asked = [jax.value_and_grad(fn, argnums=(0, 1), has_aux=True) for fn in (plain, ours)]
+        return slopes, *(fn(student, t) for fn in asked)
+
+    slopes, ((_, want), (by_student, _)), ((_, (value, slope)), grads) = both(student, t)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(slope, slopes, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(grads[0], by_student, rtol=1e-4, atol=1e-5)
+    assert grads[1] == 0  # the slope is a value: what is not asked for does not leak
+
+
+def test_a_perfect_student_has_no_temperature_to_learn():
+    x = wave(3, 5)
+    value, slope = jax.jit(tempered_kl)(x, x, temperature=4.0)
+    np.testing.assert_allclose([value, slope], np.zeros((2, 3)), atol=1e-5)
+
+
+# zhengli97/CTKD with its global temperature (theta 1, T = 1 + 20 sigmoid(theta)), in double
+# precision: the batch's mean, the first numbers of the student's gradient, and what its optimiser
+# is handed for theta when the reversal is whole and when it is a quarter
+CTKD = (1.42725215739, (-0.10948427987, 0.06252424643, 0.06881741880))
+THETA = {1.0: -0.01183478731, 0.25: -0.00295869683}
+# SakanaAI/TAID's port of it on the same logits: what its optimiser is handed for theta in its first
+# and fifth epoch
+SAKANA = {1: 214.728344071, 5: 110.057470031}
+
+
+def classes(progress, over=1.0):
+    batch = {
+        "features": 2 * wave(4, 6),
+        "teacher": {"classes": 3 * wave(4, 6, phase=1.0)},
+    }
+    model = with_temperature(PROBE)
+    params = {"student": {"kernel": jnp.eye(6)}, "theta": jnp.float32(1.0)}
+    objective = curriculum_classes(PROBE, over=over)
+
+    def mean(params):
+        total, weight, aux = objective(params, state((), progress), batch, KEY)
+        return total / weight, (forward(model, params, batch).logits, aux)
+
+    (value, (_, aux)), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+    return value, grads, aux
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.999, 1.0), (1 / 3, 0.25), (0.0, 0.0)])
+def test_value_and_gradients_are_ctkds(progress, share):
+    value, grads, aux = classes(progress)
+    np.testing.assert_allclose(value, CTKD[0], rtol=1e-5)
+    # the features are the logits: the kernel's gradient is their product with the logits'
+    by_logits = np.linalg.lstsq(2 * wave(4, 6).T, grads["student"]["kernel"], rcond=None)[0]
+    np.testing.assert_allclose(by_logits[0, :3], CTKD[1], rtol=1e-3)
+    np.testing.assert_allclose(grads["theta"], THETA.get(share, 0.0), rtol=1e-3, atol=1e-7)
+    warm, weight = aux.metrics["temperature"]
+    np.testing.assert_allclose(warm / weight, 1 + 20 / (1 + np.exp(-1)), rtol=1e-6)
+
+
+def test_the_port_in_taids_repository_does_not_reverse():
+    """There theta is handed the plain gradient of a cross-entropy, times a factor that falls from 1
+    to 0: the temperature gives way instead of resisting, and mostly to the teacher's entropy."""
+    student, teacher = 2 * wave(4, 6), 3 * wave(4, 6, phase=1.0)
+
+    def port(theta):
+        warm = 1 + 20 * jax.nn.sigmoid(theta)
+        p = jax.nn.softmax(teacher / warm)
+        return -(warm**2 * (p * jax.nn.log_softmax(student / warm)).sum(-1)).mean()
+
+    entropy = jax.grad(lambda theta: port(theta) - dense(student, teacher, theta).mean())
+    slope, entropy = jax.jit(lambda theta: (jax.grad(port)(theta), entropy(theta)))(1.0)
+    for epoch, theirs in SAKANA.items():
+        factor = (np.cos(np.pi * epoch / 10) + 1) / 2
+        np.testing.assert_allclose(factor * slope, theirs, rtol=1e-4)
+    ours = classes(0.999)[1]["theta"]
+    assert ours < 0 < min(SAKANA.values())
+    assert entropy > 0.99 * slope
+
+
+def test_the_reversal_grows_along_a_cosine():
+    got = [reversal(jnp.float32(p), 0.5) for p in (0.0, 0.125, 0.25, 0.5, 0.9)]
+    np.testing.assert_allclose(got, [0.0, -(1 - 0.5**0.5) / 2, -0.5, -1.0, -1.0], atol=1e-6)
+    for epoch in range(11):  # the released code: after ``epoch`` of 10, of 240
+        theirs = (np.cos(epoch * np.pi / 10) + 1) * 0.5 * (0 - -1) + -1
+        np.testing.assert_allclose(reversal(jnp.float32(epoch / 240)), theirs, atol=1e-6)
+
+
+def rows(count=4, width=12):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, V, (count, width)).astype(np.int32)
+    mask = (rng.random((count, width)) < 0.5).astype(np.float32)
+    mask[:, 5] = 2.0
+    return Table({"tokens": tokens, "mask": mask})
+
+
+def whole(table):
+    return jax.tree.map(jnp.asarray, table.batch(np.arange(len(table))))
+
+
+def setting():
+    params = with_temperature(MODEL, theta=0.3).init(KEY)
+    return params, state({"teacher": TEACHER.init(jax.random.key(2))}, 0.5)
+
+
+def test_tokens_as_with_all_logits_at_once(monkeypatch):
+    params, now = setting()
+    batch = whole(rows())
+
+    def plain(params):
+        mine = decode(forward(MODEL, params["student"], batch))[:, :-1]
+        theirs = decode(forward(TEACHER, now.frozen["teacher"], batch))[:, :-1]
+        return (dense(mine, theirs, params["theta"], 2.0) * batch["mask"][:, 1:]).sum()
+
+    objective = curriculum(MODEL, teacher=TEACHER, span=2.0, over=0.5)
+    ours = jax.jit(jax.value_and_grad(lambda p, batch: objective(p, now, batch, KEY)[0]))
+    want, grads = jax.jit(jax.value_and_grad(plain))(params)
+    grads["theta"] = -grads["theta"]
+    monkeypatch.setitem(sequence.LIMIT, "cpu", 4 * 3 * V * 8)  # eight tokens at once
+    got, mine = ours(params, whole(with_targets(rows())))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), mine, grads)
+    assert abs(grads["theta"]) > 1.0
+
+
+def shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from shapes(inner)
+
+
+def test_no_gradient_holds_tokens_times_vocabulary(monkeypatch):
+    monkeypatch.setitem(sequence.LIMIT, "cpu", 4 * 2 * 48 * 8)
+    params, now = setting()
+    batch, objective = whole(rows()), curriculum(MODEL, teacher=TEACHER)
+    made = jax.make_jaxpr(jax.grad(lambda p: objective(p, now, batch, KEY)[0]))(params)
+    found = [s for s in shapes(made.jaxpr) if {V, 48} & set(s) and len(s) >= 3]
+    tokens = [np.prod(s) // s[-1] for s in found]
+    assert tokens and max(tokens) <= 8
+
+
+def test_the_temperature_climbs_what_the_student_descends():
+    model = with_temperature(PROBE)
+    tune = Tune(lr=0.1, optimizer="sgd", momentum=0.0, clip=0.0, batch=4, steps=1)
+    tx = optimizer(tune, 1, model.axes)
+    batch = {"features": 2 * wave(4, 6), "teacher": {"classes": 3 * wave(4, 6, phase=1.0)}}
+    params = {"student": {"kernel": jnp.eye(6)}, "theta": jnp.float32(-1.0)}
+    objective = curriculum_classes(PROBE, over=1e-3)
+    begin = start(params, tx, 10)
+    begin = State(begin.step + 1, begin.steps, params, begin.opt)
+    after = jax.jit(make_step(objective, tx))(begin, batch, KEY)[0].params
+
+    @jax.jit
+    def loss(student, theta):
+        logits = forward(PROBE, student, batch).logits
+        return dense(logits, batch["teacher"]["classes"], theta).mean()
+
+    before = loss(params["student"], params["theta"])
+    assert loss(params["student"], after["theta"]) > before > loss(after["student"], -1.0)
+
+
+def test_what_is_wrong_is_said():
+    params, now = setting()
+    other = bigrams(4, V - 1)
+    now = state({"teacher": jax.eval_shape(other.init, KEY)}, 0.5)
+    with pytest.raises(UserError, match="the student has 40 tokens, the teacher 39"):
+        jax.eval_shape(curriculum(MODEL, teacher=other), params, now, whole(rows()), KEY)
+    params, batch = with_temperature(PROBE).init(KEY), {"features": wave(4, 6)}
+    with pytest.raises(UserError, match="live teacher or the column"):
+        jax.eval_shape(curriculum_classes(PROBE), params, state((), 0.5), batch, KEY)
