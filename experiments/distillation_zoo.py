@@ -140,7 +140,8 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        parts=("losses", "counts"), seeds=2, teacher="nano-2", students=("nano-1",), divergences=("sft", "forward_kl"),
+        parts=("losses", "counts"), seeds=2, teacher="nano-2", students=("nano-1",),
+        divergences=("sft", "forward_kl"),
         problems=32, steps=(1,), dev=20, test=30, own=4, length=64, answer=24, lrs=(1e-3,),
         picture_teacher="mlp-32", picture_students=("mlp-8",), picture_lrs=(1e-2,),
         picture_train=200, picture_dev=50, picture_test=100, labels=(60, 30),

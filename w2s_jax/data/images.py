@@ -23,7 +23,7 @@ def arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
       UserError: no such file, no npz file, or one that lacks an array.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             if missing := sorted(set(names) - set(archive.files)):
                 raise UserError(f"{path} lacks {', '.join(missing)}; it has {archive.files}")
             return {name: archive[name] for name in names}
@@ -91,10 +91,17 @@ def pictures(
         found = _named(str(source), download) if named else arrays(source, PARTS)
         for part in ("train", "test"):
             _pair(str(source), part, found[f"x_{part}"], found[f"y_{part}"])
+        shapes = [found[f"x_{part}"].shape[1:] for part in ("train", "test")]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{source}: x_train and x_test differ in the shape of a picture {shapes}"
+            )
         first = draw(len(found["y_train"]), train, f"{source} (x_train)")
         last = draw(len(found["y_test"]), test, f"{source} (x_test)")
         images = np.concatenate([found["x_train"][first], found["x_test"][last]])
-        truth = np.concatenate([found["y_train"][first], found["y_test"][last]])
+        truth = np.concatenate(
+            [found["y_train"].reshape(-1)[first], found["y_test"].reshape(-1)[last]]
+        )
     else:
         from sklearn.datasets import load_digits
 
