@@ -50,7 +50,7 @@ def test_thresholds_by_hand():
 def test_averages_follow_the_definition_over_three_updates():
     state, tx = begin()
     step = jax.jit(make_step(selective(MODEL, decay=0.9), tx))
-    means, by_class = None, np.full((2, 3), np.nan)
+    means, by_class = np.empty(0), np.full((2, 3), np.nan)
     for update in range(3):
         take = np.arange(8) if update != 1 else np.flatnonzero(BATCH["label"].argmax(-1) != 0)[:4]
         batch = {name: column[take] for name, column in BATCH.items()}
@@ -59,7 +59,7 @@ def test_averages_follow_the_definition_over_three_updates():
         )
         state, _ = step(state, batch, jax.random.key(0))
         now = np.array([conf.mean(), unc.mean()])
-        means = now if means is None else 0.9 * means + 0.1 * now
+        means = now if update == 0 else 0.9 * means + 0.1 * now
         for y in set(named.tolist()):
             own = np.array([conf[named == y].mean(), unc[named == y].mean()])
             fresh = np.isnan(by_class[:, y]).any()
@@ -136,6 +136,16 @@ def test_arms_are_numbers():
     assert look(keep=0.0)[1]["selected"] == 0
     fixed = look(moving=0.0, fixed=(0.9, 0.0))[1]
     assert fixed["selected"] == (BATCH["label"].max(-1) >= 0.9).mean()
+
+
+def test_a_teacher_that_is_always_as_sure_never_filters():
+    state, tx = begin()
+    named = jax.nn.one_hot(BATCH["label"].argmax(-1), 3)
+    batch = BATCH | {"label": np.asarray(0.7 * named + 0.15 * (1 - named), np.float32)}
+    step = jax.jit(make_step(selective(MODEL, decay=0.9, student=0.0), tx))
+    for _ in range(20):
+        state, metrics = step(state, batch, jax.random.key(0))
+        assert metrics["selected"] == 1
 
 
 def test_a_missing_memory_or_numbering_is_refused():

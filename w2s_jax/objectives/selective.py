@@ -29,6 +29,7 @@ from w2s_jax.losses.classification import soft_xent
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, forward
 
 Memory = dict[str, Any]
+ROUNDING = 1e-6  # the mean of equal numbers may come out above them
 
 
 def selective_memory(classes: int, rows: int = 0) -> Memory:
@@ -87,7 +88,7 @@ def selective(
         memory = _begun(state, decay)
         logits, labels = forward(model, params, batch).logits, batch["label"]
         named, conf, unc = signals(logits, labels)
-        least = moving * thresholds(memory) + (1.0 - moving) * jnp.array(fixed)[:, None]
+        least = moving * thresholds(memory) + (1.0 - moving) * jnp.array(fixed)[:, None] - ROUNDING
         confident = conf >= teacher * least[0][named]
         uncertain = unc >= student * least[1][named]
         chosen = confident & uncertain & jax.random.bernoulli(key, keep, conf.shape)
