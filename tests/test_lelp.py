@@ -1,6 +1,7 @@
 """LELP: the pieces by hand, its limits, what chooses on dev, claims that can fail."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from experiments.lelp import Config
 from w2s_jax.errors import UserError
 from w2s_jax.pipelines import lelp
 from w2s_jax.pipelines.lelp import Pool, Setting
+from w2s_jax.record import Context
 
 RNG = np.random.default_rng(0)
 LABEL = np.arange(40) % 2
@@ -231,5 +233,5 @@ def test_dev_chooses_and_test_has_no_say() -> None:
 )
 def test_bad_numbers_are_told_before_anything_runs(change, words) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        next(paper.run(replace(Config(), **change), None))
+        next(paper.run(replace(Config(), **change), Context(Path())))
     assert "\n" not in str(caught.value)

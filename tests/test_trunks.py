@@ -108,11 +108,11 @@ def test_half_precision_is_close() -> None:
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5)])
 def test_convolution_by_columns_is_torchs(stride, shape) -> None:
     torch = pytest.importorskip("torch")
-    x = np.asarray(pictures(2, (*shape, 3)))
-    kernel = np.asarray(jax.random.normal(jax.random.key(3), (3, 3, 3, 4)))
+    x = pictures(2, (*shape, 3))
+    kernel = jax.random.normal(jax.random.key(3), (3, 3, 3, 4))
     theirs = torch.nn.functional.conv2d(
-        torch.tensor(x).permute(0, 3, 1, 2),
-        torch.tensor(kernel).permute(3, 2, 0, 1),
+        torch.tensor(np.asarray(x)).permute(0, 3, 1, 2),
+        torch.tensor(np.asarray(kernel)).permute(3, 2, 0, 1),
         stride=stride,
         padding=1,
     ).permute(0, 2, 3, 1)
@@ -266,7 +266,11 @@ def test_teacher_and_student_see_one_augmented_picture() -> None:
     assert total == 0.0  # the same weights on the same pictures
 
     def shown(params, state, batch, key):
-        return batch["image"].sum(), jnp.ones(()), Aux({"image": (batch["image"], 1)}, ())
+        return (
+            batch["image"].sum(),
+            jnp.ones(()),
+            Aux({"image": (batch["image"], jnp.ones(()))}, ()),
+        )
 
     seen = [
         augmented(shown, change)(params, state, {"image": image}, jax.random.key(seed))[2]

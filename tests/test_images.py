@@ -1,0 +1,99 @@
+"""Pictures from files, by name and from scikit-learn: disjoint, scaled, refused in one line."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from w2s_jax.data import images
+from w2s_jax.errors import UserError
+
+
+def archive(path, **change):
+    """Pictures whose every pixel is the number of the row."""
+    rows = np.arange(20, dtype=np.uint8)
+    parts = {
+        "x_train": np.broadcast_to(rows[:, None, None], (20, 4, 3)),
+        "y_train": rows % 3,
+        "x_test": np.full((6, 4, 3), 200, np.uint8),
+        "y_test": rows[:6, None] % 3,  # as CIFAR files have it
+    }
+    np.savez(path, **(parts | change))
+    return path
+
+
+def test_tables_are_disjoint_and_every_seed_has_the_same_rows(tmp_path) -> None:
+    path = archive(tmp_path / "some.npz")
+    one, two = (images.load(path, seed=seed, train=12, dev=5, test=6) for seed in (0, 1))
+    known = [
+        np.sort(np.concatenate([p.train["image"], p.dev["image"]])[:, 0, 0, 0]) for p in (one, two)
+    ]
+    assert np.array_equal(*known) and len(set(known[0].tolist())) == 17
+    assert not np.array_equal(one.dev["image"], two.dev["image"])
+    assert np.array_equal(one.test["image"], two.test["image"])
+    assert one.train["image"].shape == (12, 4, 3, 1) and known[0].max() == 1.0
+    for table in (one.train, one.dev, one.test):
+        assert np.array_equal(table["label"].argmax(-1), table["truth"])
+        assert table["label"].dtype == np.float32 and table["label"].shape[1] == 3
+    scale = one.test["image"].max() / 200  # test pictures have no say in it
+    np.testing.assert_allclose(
+        one.train["image"][:, 0, 0, 0] / scale % 3, one.train["truth"], atol=1e-3
+    )
+
+
+def test_digits_need_no_file() -> None:
+    shown, truth = images.pictures("", 30, 10)
+    assert shown.shape == (40, 8, 8, 1) and shown[:30].max() == 1.0
+    assert truth.dtype == np.int32 and set(truth) <= set(range(10))
+
+
+def test_a_name_is_read_by_tensorflow_datasets(monkeypatch) -> None:
+    asked = {}
+
+    def read(name, **settings):
+        asked.update(settings, name=name)
+        shown = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+        return (shown, np.array([3, 4])), (shown[:1], np.array([5]))
+
+    fake = SimpleNamespace(load=read, as_numpy=lambda parts: parts)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
+    shown, truth = images.pictures("cifar10", 2, 1)
+    assert shown.shape == (3, 32, 32, 3) and sorted(truth) == [3, 4, 5]
+    assert asked["name"] == "cifar10" and asked["download"] is False
+
+    def absent(name, **settings):
+        raise AssertionError("Dataset cifar10: could not find data\nin this folder")
+
+    monkeypatch.setattr(fake, "load", absent)
+    for download, cure in ((False, "allow its download"), (True, "look at the network")):
+        with pytest.raises(UserError, match=f"no cifar10 .*{cure}, or name an npz") as caught:
+            images.pictures("cifar10", 2, 1, download=download)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x_train": np.zeros((20, 4))}, "x_train must be numbers"),
+        ({"x_test": np.zeros((6, 4, 4))}, "differ in the shape"),
+        ({"y_train": np.zeros(20)}, "y_train must be 20 class numbers"),
+        ({"y_test": np.full(6, -1)}, "y_test must be 6 class numbers"),
+        ({"x_train": np.full((20, 4, 3), np.nan)}, "NaN or infinite"),
+    ],
+)
+def test_faults_of_a_file_are_told(tmp_path, change, words) -> None:
+    path = archive(tmp_path / "some.npz", **change)
+    with pytest.raises(UserError, match=words):
+        images.load(path, seed=0, train=5, dev=2, test=2)
+
+
+def test_files_that_are_none_are_told(tmp_path) -> None:
+    path = archive(tmp_path / "some.npz")
+    with pytest.raises(UserError, match="20 rows, 30 are asked for"):
+        images.load(path, seed=0, train=20, dev=10, test=2)
+    np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
+    with pytest.raises(UserError, match="lacks x_test, x_train, y_test, y_train"):
+        images.load(tmp_path / "other.npz", seed=0, train=1, dev=1, test=1)
+    with pytest.raises(UserError, match="cifar11 is not a readable npz file"):
+        images.load("cifar11", seed=0, train=1, dev=1, test=1)
