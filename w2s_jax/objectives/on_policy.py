@@ -7,6 +7,7 @@ gradient passes through the sampling. Under ``on_base`` adapters are sampled wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -102,33 +103,35 @@ def minillm(
     loss: Callable[[Array, Array, Array], Array] = importance,
     normalise: bool = True,
     corpus: float = 0.0,
-    temperature: float = 1.0,
     eos: int | Sequence[int] = (),
     vocab: int | None = None,
 ) -> Objective:
     """MiniLLM (Gu et al. 2024, arXiv 2306.08543): the reverse KL of whole responses.
 
-    Tokens are drawn from ``share`` teacher and ``1 - share`` student (section 2.2, there 0.2) and
-    ``sequence_kl`` makes the update. Metrics: ``length`` and ``ended`` as in ``on_policy``, and
-    those of ``sequence_kl``.
+    Tokens are drawn, at temperature 1, from a mixture of teacher and student in which the teacher
+    has ``share`` (0.2 in the authors' scripts), and ``sequence_kl`` makes the update. The authors
+    also whiten returns, halve the rewards' unit and reuse every sample for four epochs; here every
+    step draws its own, so the ratio to the sampling policy is 1 but for the mixture. Metrics:
+    ``length`` and ``ended`` as in ``on_policy``, and those of ``sequence_kl``.
 
     Args:
+      loss, normalise: see ``sequence_kl``.
       corpus: multiple of the next-token loss of the rows that the batch holds besides ``asked``
-        (the paper's language-modelling loss on a pre-training corpus), which is added.
-      temperature: of the sampling; the importance weights are exact for 1.
+        (text of a pre-training corpus, in the paper), which is added.
 
     Raises:
       UserError: ``share`` outside [0, 1); see ``on_policy``.
     """
     if not 0 <= share < 1:
         raise UserError(f"minillm: the teacher's share of the mixture is in [0, 1), got {share}")
-    update = sequence_kl(model, teacher=teacher, loss=loss, normalise=normalise, vocab=vocab)
+    how: dict[str, Any] = dict(share=share, loss=loss, normalise=normalise, vocab=vocab)
+    update = sequence_kl(model, teacher=teacher, **how)
     text = language(model)
 
     def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
         mixed = (teacher, state.frozen["teacher"], share) if share else None
-        how = dict(tokens=tokens, temperature=temperature, eos=eos, vocab=vocab, other=mixed)
-        said, looks = answered(model, params, batch, key, **how)
+        drawn = dict(tokens=tokens, vocab=vocab, other=mixed)
+        said, looks = answered(model, params, batch, key, eos=eos, **drawn)
         total, weight, aux = update(params, state, said, key)
         if corpus:
             read, of, _ = text(params, state, batch, key)
@@ -142,30 +145,40 @@ def sequence_kl(
     model: Model,
     *,
     teacher: Model,
+    share: float | None = None,
     loss: Callable[[Array, Array, Array], Array] = importance,
     normalise: bool = True,
     vocab: int | None = None,
 ) -> Objective:
     """The gradient of KL(student || teacher) of whole responses from sampled ones, per token.
 
-    Reads ``tokens``, ``targets`` and ``policy.old`` as ``respond`` makes them. With ``normalise``
-    False and responses drawn from the student its expectation, as a sum over tokens, is exactly
-    that gradient. Importance weights are those of single tokens, as in the paper (eq. 6, an
-    approximation for responses that are drawn from a mixture). The loss itself is no estimate of
-    anything; the metrics ``sequence_kl`` (nats per response drawn) and ``ratio`` are.
+    Reads ``tokens`` and ``targets`` as ``respond`` makes them. With ``normalise`` False and
+    responses drawn from the student its expectation, as a sum over tokens, is exactly that
+    gradient. Importance weights are those of single tokens, as in the authors' code: for responses
+    drawn from a mixture an approximation. The value of the loss estimates nothing; the metrics do:
+    ``sequence_kl`` (log q - log p, nats per response as it was drawn) and ``ratio`` (mean weight).
 
     Args:
+      share: of the teacher in the mixture that the present weights drew from; None reads
+        ``policy.old``, the log-probabilities with which earlier weights drew.
       loss: of the long-term part, see ``losses.minillm.two_terms``.
       normalise: returns are means of what follows rather than sums.
+
+    Raises:
+      UserError: see ``distill``.
     """
     terms = partial(two_terms, loss=loss)
 
     def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
         mine = predicted(model, params, batch)
         theirs, real = heard(teacher, state, batch, mine)
-        real, still = vocab or real, jax.lax.stop_gradient((mine.hidden, mine.unembed))
-        q, p = (token_logps(*one, mine.ids, mine.mask, vocab=real) for one in (still, theirs))
-        old = jnp.where(mine.mask > 0, batch["policy"]["old"], 0.0)
+        look = partial(token_logps, targets=mine.ids, mask=mine.mask, vocab=vocab or real)
+        q = jax.lax.stop_gradient(look(mine.hidden, mine.unembed))
+        p = look(*theirs)
+        if share is None:
+            old = jnp.where(mine.mask > 0, batch["policy"]["old"], 0.0)
+        else:  # from the same pass as q: what the sampler says is rounded differently
+            old = jnp.logaddexp(q + math.log(1 - share), p + math.log(share)) if share else q
         sampled = {
             "ids": mine.ids,
             "old": old,
@@ -173,7 +186,9 @@ def sequence_kl(
             "weight": jnp.exp(q - old),
         }
         student = (mine.hidden, mine.unembed)
-        total, _ = token_divergence(student, theirs, mine.mask, terms, targets=sampled, vocab=real)
+        total, _ = token_divergence(
+            student, theirs, mine.mask, terms, targets=sampled, vocab=vocab or real
+        )
         weight = mine.mask.sum()
         rows = (mine.mask.sum(-1) > 0).sum(dtype=jnp.float32)
         looks = {
