@@ -151,5 +151,6 @@ def test_any_student_learns_from_any_teacher(mode: str, tmp_path: Path, capsys) 
     made = (tmp_path / "work" / "results.jsonl").read_text().splitlines()
     before, after = (json.loads(line) for line in made)
     assert (before["training"], after["training"]) == ("student", "distilled")
-    assert after["own_reverse"] < before["own_reverse"]
+    seen = "own_reverse" if mode == "on-policy" else "reverse"  # each improves where it looks
+    assert after[seen] < before[seen]
     assert (tmp_path / "new" / "model.safetensors").exists()
