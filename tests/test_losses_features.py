@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from feature_world import wave
 
 from w2s_jax.errors import UserError
 from w2s_jax.losses import features as f
@@ -16,12 +17,6 @@ VECTORS = (
     f.probabilistic_transfer,
     f.alignment,
 )
-
-
-def wave(*shape, phase=0.0):
-    """Numbers without a pattern that any language can make."""
-    i = np.arange(np.prod(shape), dtype=np.float64)
-    return np.float32(np.sin(1.7 * i + phase) + 0.3 * np.cos(0.9 * i * i + phase)).reshape(shape)
 
 
 def learned(loss):

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
-from test_losses_features import wave
+from feature_world import V, bigrams, shapes, wave
 
 from w2s_jax.data.packing import with_targets
 from w2s_jax.errors import UserError
@@ -17,25 +16,10 @@ from w2s_jax.objectives import curriculum, curriculum_classes, with_temperature
 from w2s_jax.objectives.temperature import reversal
 from w2s_jax.train.fit import make_step, start
 from w2s_jax.train.optim import Tune, optimizer
-from w2s_jax.types import Model, Output, State, Table, forward
+from w2s_jax.types import State, Table, forward
 
-V = 40
 KEY = jax.random.key(0)
 PROBE = linear(6, 6)
-
-
-def bigrams(width, rows=V):
-    """The smallest model of tokens: each says what follows it."""
-
-    def init(key):
-        keys = jax.random.split(key)
-        made = {"embed": (V, width), "unembed": (width, rows)}
-        return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, made.items(), strict=True)}
-
-    def apply(params, tokens):
-        return Output(params["embed"][tokens], params["unembed"], vocab=V if rows > V else None)
-
-    return Model(init, apply, {"embed": None, "unembed": None}, (width, rows), ("tokens",))
 
 
 MODEL, TEACHER = bigrams(4), bigrams(6, 48)
@@ -186,13 +170,6 @@ def test_tokens_as_with_all_logits_at_once(monkeypatch):
     np.testing.assert_allclose(got, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), mine, grads)
     assert abs(grads["theta"]) > 1.0
-
-
-def shapes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for inner in jaxprs_in_params(equation.params):
-            yield from shapes(inner)
 
 
 def test_no_gradient_holds_tokens_times_vocabulary(monkeypatch):
