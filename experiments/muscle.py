@@ -12,7 +12,7 @@ how scores flip (share of right steps, log-probability of the reference). Learni
 on dev for the versions and kept for what starts from them, as in the paper; lambda on dev.
 
   python -m experiments.muscle --blocks classes --data mnist.npz --train 5000 --dev 1000 --test 5000
-  python -m experiments.muscle --preset paper --plan v5e:8
+  python -m experiments.muscle --preset paper --plan v5p:2x2x2
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class Config:
     task: str = ""
     """Block tokens: a file of problems (question, answer ending in #### n); empty: the arithmetic
     world, facts in random order."""
+    exam: str = ""
+    """Block tokens: with --task, a file of test problems; empty: some of --task."""
     token_seeds: int = 5
     """Block tokens: runs per setting; a seed draws problems, adapters and order."""
     problems: int = 640
@@ -136,9 +138,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # then 53 % of 938. The models are one of its four updates, Llama 1 to 2.
     "paper": dict(
         blocks=("tokens",), new="meta-llama/Llama-2-7b-hf", olds=("huggyllama/llama-7b",),
-        task="gsm8k_train.jsonl", token_seeds=1, problems=5978, token_dev=1495, token_test=0,
-        length=1024, answer=512, rank=128, alpha=256.0, token_lrs=(1e-4,), lambdas=(0.5,),
-        dtype="bfloat16",
+        task="gsm8k_train.jsonl", exam="gsm8k_test.jsonl", token_seeds=1, problems=5978,
+        token_dev=1495, token_test=1319, length=1024, answer=512, rank=128, alpha=256.0,
+        token_lrs=(1e-4,), lambdas=(0.5,), dtype="bfloat16",
         token_tune=Tune(
             lr=1e-4, batch=64, micro=8, epochs=10, optimizer="adamw", schedule="constant",
             warmup=0.53,
@@ -300,7 +302,7 @@ def _tokens(cfg: Config, ctx: Context) -> list[Row]:
 
 
 def problems(cfg: Config) -> tuple[Table, list[Table]]:
-    """Dev and test problems, and each seed's own to train on (of a file: a draw of the rest)."""
+    """Dev, then test problems; and each seed's own to train on (of a file: a draw of the rest)."""
     held, size = cfg.token_dev + cfg.token_test, cfg.problems
     if not cfg.task:
         how: dict[str, Any] = dict(steps=cfg.steps, shuffled=1.0)
@@ -308,22 +310,28 @@ def problems(cfg: Config) -> tuple[Table, list[Table]]:
         avoid = set(first["question"])
         seeds = range(TASK, TASK + cfg.token_seeds)
         return first, [arithmetic.problems(s, size, avoid=avoid, **how) for s in seeds]
-    found = sources.read(cfg.task)
-    if len(found) < held + size:
-        raise UserError(
-            f"{cfg.task} has {len(found)} rows, {held + size} are asked for: lower --problems, "
-            "--token_dev or --token_test"
-        )
+    first = _given(cfg.task, size + (cfg.token_dev if cfg.exam else held))
+    rest = np.arange(cfg.token_dev if cfg.exam else held, len(first))
+    draws = [np.random.default_rng([1, s]).permutation(rest)[:size] for s in range(cfg.token_seeds)]
+    parts = first.take(np.arange(rest[0]))
+    if cfg.exam:
+        exam = _given(cfg.exam, cfg.token_test).take(np.arange(cfg.token_test))
+        parts = Table({name: np.concatenate([parts[name], exam[name]]) for name in parts.columns})
+    return parts, [first.take(index) for index in draws]
+
+
+def _given(path: str, least: int) -> Table:
+    """The problems of a file in an order that is always the same."""
+    found = sources.read(path)
+    if len(found) < least:
+        raise UserError(f"{path} has {len(found)} rows, {least} are asked for: ask for fewer")
     texts = {
         "prompt": [arithmetic.PROMPT.format(text) for text in found["question"]],
         "response": [arithmetic.RESPONSE.format(text) for text in found["answer"]],
         "answer": list(found["answer"]),
     }
     table = Table({name: np.array(column, object) for name, column in texts.items()})
-    table = table.take(np.random.default_rng(0).permutation(len(table)))
-    rest = np.arange(held, len(table))
-    draws = [np.random.default_rng([1, s]).permutation(rest) for s in range(cfg.token_seeds)]
-    return table.take(np.arange(held)), [table.take(index[:size]) for index in draws]
+    return table.take(np.random.default_rng(0).permutation(len(table)))
 
 
 def _token_rows(
