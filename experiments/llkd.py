@@ -258,17 +258,19 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
         worst = np.min([f1(arm) for arm in (*ARMS, RANDOM) if arm != "student only"], axis=0)
         low = worst - f1("student only")
         add(under + "student only worst or tied (.005)", "macro F1 to the next", low, above=-0.005)
-        fall = _fall([r for r in rows if r["block"] == "curve" and r["teacher"] == teacher])
-        add(under + "selected share falls", "first - last quarter", fall, above=0.0)
+        curve = [r for r in rows if r["block"] == "curve" and r["teacher"] == teacher]
+        for arm, words in (("LLKD", ""), ("LLKD, fixed", ", fixed thresholds")):
+            name = f"{under}selected share falls{words}"
+            add(name, "first - last quarter", _fall(curve, arm), above=0.0)
     name = "constant confidence: gain of LLKD smaller than under the calibrated teacher"
     add(name, "macro F1", gain["calibrated"] - gain["constant"], above=0.0)
     add("constant confidence: no gain above .005", "macro F1", gain["constant"], below=0.005)
     return found
 
 
-def _fall(curve: list[Row]) -> np.ndarray:
-    """Selected share of LLKD in the first quarter of its curve less that in the last, [S]."""
-    mine = [row for row in curve if row["arm"] == "LLKD"]
+def _fall(curve: list[Row], arm: str) -> np.ndarray:
+    """Selected share of an arm in the first quarter of its curve less that in the last, [S]."""
+    mine = [row for row in curve if row["arm"] == arm]
     steps = sorted({row["step"] for row in mine})
     quarter = max(1, len(steps) // 4)
     lines = np.stack([_values(mine, "selected", step=step) for step in steps])
@@ -281,7 +283,8 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     by = ["teacher", "arm"]
     low = min(row["macro F1"] for row in summarise(scores, by, "macro F1"))
     common = {"hue": "arm", "xlabel": "teacher", "height": 4.4}
-    moving = [row for row in curve if row["arm"] in ("teacher only", "student only", "LLKD")]
+    shown = ("teacher only", "student only", "LLKD", "LLKD, fixed")
+    moving = [row for row in curve if row["arm"] in shown]
     return [
         draw.bars(
             scores,

@@ -106,7 +106,7 @@ def verdicts(*numbers) -> dict[str, bool]:
 
 def test_claims_follow_the_numbers():
     papers = verdicts({"LLKD": 0.8, "student only": 0.6}, {"LLKD": 0.8, "student only": 0.6}, True)
-    assert all(papers.values()) and len(papers) == 18
+    assert all(papers.values()) and len(papers) == 20
     other = verdicts({"LLKD": 0.6}, {"LLKD": 0.6, "student only": 0.8}, False)
     assert sum(other.values()) == 3  # half or less of both teachers, no gain from a constant
     assert not other["trained teacher: selected share falls"]

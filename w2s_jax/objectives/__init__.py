@@ -18,6 +18,7 @@ from w2s_jax.objectives.pairs import prefer, response_logps
 from w2s_jax.objectives.policy import policy_logps, reinforce
 from w2s_jax.objectives.rewards import rank, response_rewards
 from w2s_jax.objectives.selective import selective, selective_memory
+from w2s_jax.objectives.spans import distill_spans, span_logps
 from w2s_jax.objectives.taid import taid, taid_classes, taid_memory
 from w2s_jax.objectives.temperature import curriculum, curriculum_classes, with_temperature
 from w2s_jax.objectives.unpaired import unpaired
@@ -32,6 +33,7 @@ __all__ = [
     "curriculum_classes",
     "distill",
     "distill_classes",
+    "distill_spans",
     "language",
     "match",
     "match_memory",
@@ -50,6 +52,7 @@ __all__ = [
     "selective",
     "selective_memory",
     "sequence_kl",
+    "span_logps",
     "taid",
     "taid_classes",
     "taid_memory",
