@@ -391,8 +391,8 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     swept = [row for row in score if row["method"] in SWEEP]
     words = {"path": folder / "teachers.png", "ylabel": "solution tokens right"}
     drawn.append(lines(swept, "teacher", "right", **words))
-    words = {"references": {"teacher": 1.0}, "ylabel": "mass / teacher's mass"}
-    masses = _masses(rows, last)
+    words = {"references": {"KL": 1.0}, "ylabel": "probability mass / the KL student's"}
+    masses = _masses(final, last)
     drawn.append(bars(masses, y="ratio", hue="tokens", path=folder / "mass.png", **words))
     course = [row for row in _of(rows, "course") if row["teacher"] == last]
     words = {"path": folder / "course.png", "ylabel": "t of the first seed"}
@@ -401,14 +401,14 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     return [*drawn, bars(_of(rows, "digits"), path=folder / "digits.png", **words)]
 
 
-def _masses(rows: list[Row], last: str) -> list[Row]:
-    """Mass in head and tail over the teacher's, a row per run and part."""
-    (own,) = [row for row in _of(rows, "teacher") if row["teacher"] == last]
-    names = {"head": "its ten likeliest", "tail": "its lowest fifth"}
+def _masses(final: list[Row], last: str) -> list[Row]:
+    """Mass in head and tail over that of the KL student of the same seed, per run and part."""
+    names = {"head": f"{last}'s ten likeliest", "tail": f"{last}'s lowest fifth"}
+    base = {row["seed"]: row for row in final if row["method"] == "KL"}
     return [
-        {"method": row["method"], "tokens": words, "ratio": row[part] / own[part]}
-        for row in _of(rows, "score")
-        if row["teacher"] == last
+        {"method": row["method"], "tokens": words, "ratio": row[part] / base[row["seed"]][part]}
+        for row in final
+        if row["method"] != "KL"
         for part, words in names.items()
     ]
 
