@@ -170,6 +170,7 @@ def test_gradients_are_compared_to_the_largest_entry() -> None:
 def test_our_side_runs(name: str, capfd) -> None:
     """Ours alone: no peer is needed, and no ratio is claimed."""
     named = {"B13": "token_nll", "B14": "SFT 0.5B", "B15": "0.5B", "B17": "dpo"}
+    named |= {"B18": "forward_kl"}
     sides = named.get(name, "ours")
     assert main([name, "--tiny", "--blocks", "1", "--sides", sides]) == 0
     line = json.loads(capfd.readouterr().out.splitlines()[-1])
