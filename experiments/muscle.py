@@ -80,7 +80,7 @@ class Config:
     """Block classes: hidden units of the new version, and of the old one in case same."""
     narrow: int = 3
     """Block classes: hidden units of the old version in case better."""
-    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     """Block classes: learning rates of the versions, to choose from on dev."""
     tune: Tune = NETS
     """Block classes: how networks train, versions and what starts from them."""
