@@ -10,7 +10,6 @@ from scipy.special import log_softmax
 
 from w2s_jax.data import arithmetic
 from w2s_jax.errors import UserError
-from w2s_jax.generate.sample import sample
 from w2s_jax.generate.steer import GRID, displacement, fused, golden, grid, proxy
 from w2s_jax.generate.steer_loop import crew, decode, generate, score
 from w2s_jax.models.transformer import Config, transformer
@@ -128,7 +127,7 @@ VOCAB = TOKENIZER.size
 SMALL = Config(vocab=VOCAB, width=16, layers=1, heads=2, kv_heads=2, max_length=64, pad_vocab=16)
 WIDE = Config(vocab=VOCAB + 5, width=24, layers=2, heads=2, kv_heads=1, max_length=64)
 KEY = jax.random.key(5)
-PROMPTS = [RNG.integers(4, VOCAB, n).tolist() for n in (3, 12, 1, 7)]
+PROMPTS = [RNG.integers(4, VOCAB, n).tolist() for n in (3, 12, 1, 40)]
 
 
 def member(config, seed, scale=2.0):
@@ -152,11 +151,17 @@ def walked(people):
     return decode(people, fused, PROMPTS, KEY, tokens=6, temperature=1.3)
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    out = model.apply(params, tokens)
+    return (out.hidden[0] @ out.unembed)[:, :VOCAB]
+
+
 def plain(loaded, ids):
-    """Logits [T,V] of one text, without cache or padding."""
-    model, params, _ = loaded
-    out = model.apply(params, jnp.array([ids]))
-    return np.asarray(out.hidden[0] @ out.unembed)[:, :VOCAB]
+    """Logits [T,V] of one text in one pass, without a cache."""
+    whole = np.zeros((1, 64), np.int32)
+    whole[0, : len(ids)] = ids
+    return np.asarray(forward(*loaded[:2], whole))[: len(ids)]
 
 
 def test_steps_are_those_of_passes_without_a_cache(models, walked) -> None:
@@ -192,42 +197,42 @@ def test_given_texts_score_as_decoding_said(people, walked) -> None:
 
 
 def test_neighbours_and_padding_do_not_matter(people, walked) -> None:
-    again = decode(people, fused, PROMPTS, KEY, tokens=6, temperature=1.3, batch=3)
-    for one, other in zip(walked, again, strict=True):
+    again = decode(people, fused, PROMPTS[:2], KEY, tokens=6, temperature=1.3, batch=1)
+    for one, other in zip(walked, again, strict=False):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
-    (alone,) = decode(people, fused, PROMPTS[:1], KEY, tokens=6, temperature=1.3)
-    np.testing.assert_array_equal(alone.ids, walked[0].ids)
 
 
 def test_weight_zero_is_the_large_model_and_ends_are_kept(models, people) -> None:
-    greedy = decode(people, partial(proxy, alpha=0.0), PROMPTS, KEY, tokens=6)
-    want = sample(*models[0][:2], PROMPTS, KEY, tokens=6, temperature=0.0, vocab=VOCAB)
-    assert [row.ids.tolist() for row in greedy] == want
-    end = want[1][2]
-    stopped = decode(people, partial(proxy, alpha=0.0), PROMPTS, KEY, tokens=6, stop=[end])
-    first = want[1].index(end)
-    assert stopped[1].ids.tolist() == want[1][:first] and stopped[1].finish == "stop"
+    rule = partial(proxy, alpha=0.0)
+    greedy = [row.ids.tolist() for row in decode(people, rule, PROMPTS, KEY, tokens=6)]
+    for prompt, ids in zip(PROMPTS, greedy, strict=True):
+        said = plain(models[0], [*prompt, *ids])[len(prompt) - 1 : -1]
+        assert said.argmax(-1).tolist() == ids
+    end = greedy[1][2]
+    stopped = decode(people, rule, PROMPTS, KEY, tokens=6, stop=[end])
+    assert stopped[1].ids.tolist() == greedy[1][: greedy[1].index(end)]
+    assert stopped[1].finish == "stop"
 
 
 def test_experts_may_read_another_prompt(people) -> None:
-    rule = partial(proxy, alpha=0.0)
-    plainly = decode(people, rule, PROMPTS, KEY, tokens=3)
-    others = [[9, 8, *prompt] for prompt in PROMPTS]
-    same = decode(people, rule, PROMPTS, KEY, tokens=3, expert_prompts=others)
-    assert [r.ids.tolist() for r in plainly] == [r.ids.tolist() for r in same]
-    there, here = (
-        decode(people, partial(proxy, alpha=1.0), PROMPTS, KEY, tokens=1, expert_prompts=e)
-        for e in (others, PROMPTS)
-    )
-    assert any(abs(a.logps[0] - b.logps[0]) > 1e-3 for a, b in zip(there, here, strict=True))
+    others = [prompt[1:] or [9] for prompt in PROMPTS]
+
+    def first(alpha, **how):
+        rows = decode(people, partial(proxy, alpha=alpha), PROMPTS, KEY, tokens=6, **how)
+        return np.array([row.logps[0] for row in rows])
+
+    np.testing.assert_allclose(first(0.0), first(0.0, expert_prompts=others), atol=1e-5)
+    assert np.abs(first(1.0) - first(1.0, expert_prompts=others)).max() > 1e-3
 
 
 def test_tables_of_texts(people) -> None:
-    table = Table({"prompt": np.array(["q : amy has 3 pens .", "q : liz has 4 eggs ."], object)})
-    got = generate(table, people, proxy, key=KEY, tokens=4)
-    for row in range(2):
-        assert len(got["alpha"][row]) == len(got["response_ids"][row]) <= 4
+    asked = ["q : amy has 3 pens .", "q : liz has 4 eggs .", *PROMPTS[2:]]
+    prompts = np.empty(4, object)
+    prompts[:] = asked
+    got = generate(Table({"prompt": prompts}), people, proxy, key=KEY, tokens=6)
+    for row in range(4):
+        assert len(got["alpha"][row]) == len(got["response_ids"][row]) <= 6
         assert got["response"][row] == TOKENIZER.decode(got["response_ids"][row])
     assert set(got["finish"]) <= {"stop", "length"}
 
@@ -250,8 +255,9 @@ def test_bad_inputs_are_said(models, people) -> None:
     with pytest.raises(UserError, match="nothing"):
         score(people, proxy, Table({"tokens": np.ones((1, 4), np.int32), "mask": np.zeros((1, 4))}))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, base[1])
+    faulty = crew(large, base, [experts[0], (base[0], broken, TOKENIZER)])
     with pytest.raises(UserError, match="not finite"):
-        decode(crew(large, base, [(base[0], broken, TOKENIZER)]), proxy, PROMPTS, KEY, tokens=2)
+        decode(faulty, proxy, PROMPTS, KEY, tokens=6)
 
 
 def test_the_grid_holds_the_weight_of_proxy_tuning() -> None:

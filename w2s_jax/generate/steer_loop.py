@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,27 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from w2s_jax.errors import UserError
-from w2s_jax.generate.choose import BLOCK, choose
 from w2s_jax.generate.choose import rule as limits
 from w2s_jax.generate.decode import bucket, prepare
-from w2s_jax.generate.steer import Blend, Rule
+from w2s_jax.generate.steer import Rule
+from w2s_jax.generate.steer_programs import Group, decoder, parts, scorer
 from w2s_jax.mesh import rules_context
-from w2s_jax.models.cache import empty_cache
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.types import Array, Model, Params, Table
 
 Loaded = tuple[Model, Params, Tokenizer]  # what ``hf.load`` gives
 Ids = Sequence[Sequence[int]]
+SMALL = 2**26  # bytes of weights up to which models are stacked, which copies them
 
 
 @dataclass(frozen=True, eq=False)
 class Crew:
-    """A large model, a small base and E experts made from it: ``models`` and ``params`` in that
-    order, 2 + E of each. ``vocab`` tokens are common to all; ``tokenizer`` is the base's."""
+    """A large model (number 0), a small base (1) and E experts made from it (2 ..).
 
-    models: tuple[Model, ...]
+    ``groups`` say which of them run together, ``params`` are a group's weights, stacked [G, ...]
+    where it has several. ``vocab`` tokens are common to all, ``most`` is the longest text that
+    all read; ``tokenizer`` is the base's.
+    """
+
+    groups: tuple[Group, ...]
     params: tuple[Params, ...]
     tokenizer: Tokenizer
+    most: int
     vocab: int
     mesh: jax.sharding.Mesh | None = None
 
@@ -82,8 +86,25 @@ def crew(
         _check_same(base[2], tokenizer, vocab, _name(number))
     with rules_context(mesh):
         ready = [prepare(model, params) for model, params, _ in everyone]
-    models, params = zip(*ready, strict=True)
-    return Crew(models, params, base[2], vocab, mesh)
+    groups, params = _grouped(ready)
+    most = min(model.config.max_length for model, _ in ready)
+    return Crew(groups, params, base[2], most, vocab, mesh)
+
+
+def _grouped(
+    ready: Sequence[tuple[Model, Params]],
+) -> tuple[tuple[Group, ...], tuple[Params, ...]]:
+    """Small models of one architecture together (less to compile, fewer calls), others alone."""
+    together: dict[Any, list[int]] = {}
+    for number, (model, params) in enumerate(ready):
+        small = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= SMALL
+        together.setdefault(model if small else number, []).append(number)
+    groups = tuple(Group(ready[of[0]][0], tuple(of)) for of in together.values())
+    stacked = [[ready[number][1] for number in group.numbers] for group in groups]
+    return groups, tuple(
+        of[0] if len(of) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *of)
+        for of in stacked
+    )
 
 
 def _name(number: int) -> str:
@@ -142,16 +163,15 @@ def decode(
     _check(crew, sides, tokens)
     if not len(prompts):
         return []
-    size, how = min(batch, len(prompts)), _split(rule)
-    room = min(model.config.max_length for model in crew.models) - tokens
-    widths = [bucket(max(map(len, side)), room) for side in sides]
-    run = _decoder(crew.models, how.fixed, crew.vocab, tokens)
+    size, how = min(batch, len(prompts)), parts(rule)
+    width = bucket(max(len(prompt) for side in sides for prompt in side), crew.most - tokens)
+    run = decoder(crew.groups, how.fixed, crew.vocab, tokens)
     ends = jnp.array([*stop] or [-1], jnp.int32)
     found: list[Steered] = []
     with rules_context(crew.mesh):
         for begin in range(0, len(prompts), size):
             rows = np.minimum(np.arange(begin, begin + size), len(prompts) - 1)
-            read = [_left(side, rows, width) for side, width in zip(sides, widths, strict=True)]
+            read = [_left(side, rows, width) for side in sides]
             drawn = run(crew.params, read, rows, key, how.numbers, numbers, ends)
             found += _rows(jax.device_get(drawn), begin, min(size, len(prompts) - begin))
     return found
@@ -201,8 +221,8 @@ def score(crew: Crew, rule: Rule, table: Table, *, batch: int = 32, chunk: int =
     count, length = tokens.shape
     if not count or not mask.any():
         raise UserError("steering: the table to score has nothing that its mask asks for")
-    how, most = _split(rule), int(mask.sum(1).max())
-    run = _scorer(crew.models, how.fixed, crew.vocab, chunk)
+    how, most = parts(rule), int(mask.sum(1).max())
+    run = scorer(crew.groups, how.fixed, crew.vocab, chunk)
     at = np.argsort(~mask, axis=1, kind="stable")[:, :most]  # asked-for places come first
     found = [np.zeros((count, length), kind) for kind in (np.float32, np.float32, np.int32)]
     reads = [name for name in ("tokens", "segment", "position") if name in table]
@@ -218,186 +238,7 @@ def score(crew: Crew, rule: Rule, table: Table, *, batch: int = 32, chunk: int =
     return Scores(*found)
 
 
-# The compiled programs ---------------------------------------------------------------------------
-
-
-class _Split(NamedTuple):
-    """A rule as something hashable, which is compiled, and the numbers bound in it."""
-
-    fixed: tuple[Rule, tuple[tuple[str, Any], ...]]
-    numbers: dict[str, Array]
-
-
-def _split(rule: Rule) -> _Split:
-    if not isinstance(rule, partial):
-        return _Split((rule, ()), {})
-    kinds = (int, float, np.ndarray, jax.Array)
-    numbers = {k: jnp.float32(v) for k, v in rule.keywords.items() if isinstance(v, kinds)}
-    rest = {k: v for k, v in rule.keywords.items() if k not in numbers}
-    fixed = {k: _bound(v) if isinstance(v, partial) else v for k, v in rest.items()}
-    return _Split((rule.func, tuple(sorted(fixed.items()))), numbers)
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A ``partial`` that equals another of the same function and keywords."""
-
-    function: Callable[..., Any]
-    keywords: tuple[tuple[str, Any], ...]
-
-    def __call__(self, *parts: Any) -> Any:
-        return self.function(*parts, **dict(self.keywords))
-
-
-def _bound(function: partial) -> _Bound:
-    return _Bound(function.func, tuple(sorted(function.keywords.items())))
-
-
-def _joined(fixed: Any, numbers: dict[str, Array], logits: Sequence[Array]) -> Blend:
-    large, base, *experts = logits
-    rule, settings = fixed
-    return rule(large, base, jnp.stack(experts), **dict(settings), **numbers)
-
-
-def _logits(hidden: Array, unembed: Array, vocab: int) -> Array:
-    """Logits [...,V] float32 over the common vocabulary."""
-    return jnp.einsum(
-        "...d,dv->...v", hidden, unembed[:, :vocab], preferred_element_type=jnp.float32
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Drawn:
-    """What was drawn so far: [B,tokens] each, -1 and 0 where nothing; [B] and [] how rows stand."""
-
-    ids: Array
-    logps: Array
-    alpha: Array
-    expert: Array
-    alive: Array
-    stopped: Array
-    faulty: Array
-    at: Array
-
-
-@lru_cache(maxsize=32)
-def _decoder(models: tuple[Model, ...], fixed: Any, vocab: int, tokens: int) -> Callable[..., Any]:
-    """``run(params, prompts, rows [B], key, numbers of the rule, limits, stop) -> _Drawn``."""
-
-    @jax.jit
-    def run(params, prompts, rows, key, numbers, limits, stop) -> _Drawn:
-        caches, logits = [], []
-        for number, (model, weights) in enumerate(zip(models, params, strict=True)):
-            ids, segment = prompts[min(number // 2, 1)]
-            cache = empty_cache(model.config, ids.shape[0], ids.shape[1] + tokens)
-            output = model.apply(weights, ids, segment=segment, cache=cache)
-            caches.append(output.cache)
-            logits.append(_logits(output.hidden[:, -1], output.unembed, vocab))
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-
-        def goes_on(carry):
-            return (carry[0].at < tokens) & carry[0].alive.any()
-
-        def step(carry):
-            drawn, caches, logits = carry
-            blend = _joined(fixed, numbers, logits)
-            now = jax.vmap(lambda one: jax.random.fold_in(one, drawn.at))(keys)
-            ids, logps, usable = choose(_blocks(blend.logps), now, limits, True)
-            drawn = _note(drawn, ids, logps, blend, usable, stop)
-            segment = drawn.alive.astype(jnp.int32)[:, None]
-            said = [
-                model.apply(weights, ids[:, None], segment=segment, cache=cache)
-                for model, weights, cache in zip(models, params, caches, strict=True)
-            ]
-            logits = [_logits(out.hidden[:, 0], out.unembed, vocab) for out in said]
-            return drawn, [out.cache for out in said], logits
-
-        begun = _begun(rows.shape[0], tokens)
-        return jax.lax.while_loop(goes_on, step, (begun, caches, logits))[0]
-
-    return run
-
-
-def _blocks(logps: Array) -> Array:
-    """[B,V] as ``choose`` takes it: [V,B], V filled up to whole blocks by tokens never drawn."""
-    spare = -logps.shape[1] % BLOCK
-    return jnp.pad(logps.T, ((0, spare), (0, 0)), constant_values=-jnp.inf)
-
-
-def _begun(rows: int, tokens: int) -> _Drawn:
-    return _Drawn(
-        ids=jnp.full((rows, tokens), -1, jnp.int32),
-        logps=jnp.zeros((rows, tokens), jnp.float32),
-        alpha=jnp.zeros((rows, tokens), jnp.float32),
-        expert=jnp.zeros((rows, tokens), jnp.int32),
-        alive=jnp.ones(rows, bool),
-        stopped=jnp.zeros(rows, bool),
-        faulty=jnp.zeros(rows, bool),
-        at=jnp.int32(0),
-    )
-
-
-def _note(
-    drawn: _Drawn, ids: Array, logps: Array, blend: Blend, usable: Array, stop: Array
-) -> _Drawn:
-    """The tokens of one step [B], and which rows they end."""
-    stops = drawn.alive & (ids[:, None] == stop[None]).any(-1)
-    kept, at = drawn.alive & usable & ~stops, drawn.at
-    return _Drawn(
-        ids=drawn.ids.at[:, at].set(jnp.where(kept, ids, -1)),
-        logps=drawn.logps.at[:, at].set(jnp.where(kept, logps, 0.0)),
-        alpha=drawn.alpha.at[:, at].set(jnp.where(kept, blend.alpha, 0.0)),
-        expert=drawn.expert.at[:, at].set(jnp.where(kept, blend.expert, 0)),
-        alive=kept,
-        stopped=drawn.stopped | (stops & usable),
-        faulty=drawn.faulty | (drawn.alive & ~usable),
-        at=at + 1,
-    )
-
-
-@lru_cache(maxsize=32)
-def _scorer(models: tuple[Model, ...], fixed: Any, vocab: int, chunk: int) -> Callable[..., Any]:
-    """``run(params, columns, at [B,W], numbers) -> (logps, alpha, expert)``, [B,W] each."""
-
-    @jax.jit
-    def run(params, columns, at, numbers):
-        columns = dict(columns)
-        tokens = columns.pop("tokens")
-        spare = -at.shape[1] % chunk
-        places = jnp.pad(at, ((0, 0), (0, spare)))
-        targets = jnp.take_along_axis(tokens, places + 1, axis=1)
-        outputs = [
-            model.apply(weights, tokens, **columns)
-            for model, weights in zip(models, params, strict=True)
-        ]
-
-        def part(these):
-            places, targets = these
-            logits = [
-                _logits(
-                    jnp.take_along_axis(out.hidden, places[..., None], axis=1), out.unembed, vocab
-                )
-                for out in outputs
-            ]
-            blend = _joined(fixed, numbers, logits)
-            said = jnp.take_along_axis(blend.logps, targets[..., None], axis=-1)[..., 0]
-            return said, blend.alpha, blend.expert
-
-        def chunks(x):
-            return x.reshape(x.shape[0], -1, chunk).swapaxes(0, 1)
-
-        found = jax.lax.map(part, (chunks(places), chunks(targets)))
-        return [x.swapaxes(0, 1).reshape(at.shape[0], -1)[:, : at.shape[1]] for x in found]
-
-    return run
-
-
-# On the host -------------------------------------------------------------------------------------
-
-
 def _check(crew: Crew, sides: Sequence[Ids], tokens: int) -> None:
-    most = min(model.config.max_length for model in crew.models)
     if len(sides[0]) != len(sides[1]):
         raise UserError(
             f"steering: {len(sides[0])} prompts but {len(sides[1])} for the experts; need one each"
@@ -409,10 +250,10 @@ def _check(crew: Crew, sides: Sequence[Ids], tokens: int) -> None:
                 f"steering: prompt {sizes.index(0)} is empty; start it with the beginning-of-text "
                 "token"
             )
-        if max(sizes, default=0) + tokens > most:
+        if max(sizes, default=0) + tokens > crew.most:
             raise UserError(
                 f"steering: a prompt of {max(sizes)} tokens and {tokens} new ones exceed the "
-                f"{most} that a model reads; shorten the prompt or ask for fewer tokens"
+                f"{crew.most} that a model reads; shorten the prompt or ask for fewer tokens"
             )
         for i, prompt in enumerate(side):
             if min(prompt) < 0 or max(prompt) >= crew.vocab:
