@@ -190,9 +190,10 @@ def learn(
     model = trunks.named(cfg.student, pool.image.shape[1:], outputs)
     image, scaled = pool.image[: pool.known], _scaled(heard["embedding"], pool)
     tables: dict[Setting, Table] = {}
+    memo: dict[Any, Any] = {}
     for one in (replace(run, lr=0.0, weight=0.0) for run in runs):
         if one not in tables:
-            label = lelp.wide(lelp.targets(pool, heard, one, (1, *cfg.splits)), room)
+            label = lelp.wide(lelp.targets(pool, heard, one, (1, *cfg.splits), memo), room)
             columns = {"image": image, "label": label, "features": scaled[one.seed]}
             tables[one] = Table(columns)
 

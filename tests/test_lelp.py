@@ -21,48 +21,40 @@ EMBEDDING = RNG.normal(size=(40, 6)) * np.array([5.0, 3.0, 2.0, 1.0, 0.5, 0.2]) 
 
 
 def test_directions_are_the_principal_ones() -> None:
-    found = lelp.directions(EMBEDDING, LABEL, 3, rotate=False)
+    found = lelp.principal(EMBEDDING, LABEL)
     for number in (0, 1):
-        values, vectors = np.linalg.eigh(np.cov(EMBEDDING[number == LABEL].T))
-        same = np.abs(np.einsum("ds,ds->s", found.basis[number], vectors[:, :-4:-1]))
+        values, vectors = np.linalg.eigh(np.cov(EMBEDDING[number == LABEL].T, bias=True))
+        same = np.abs(np.einsum("ds,ds->s", found.vectors[number], vectors[:, ::-1]))
         np.testing.assert_allclose(same, 1.0, atol=1e-6)
-    own = lelp.coordinates(found, EMBEDDING)[np.arange(40), LABEL]
+        np.testing.assert_allclose(found.spread[number] ** 2, values[::-1])
+    own = lelp.projections(found, EMBEDDING, 3, rotate=False)[np.arange(40), LABEL]
     for number in (0, 1):
-        np.testing.assert_allclose(own[number == LABEL].mean(0), 0.0, atol=1e-9)
-        np.testing.assert_allclose(own[number == LABEL].std(), 1.0)
+        np.testing.assert_allclose(own[number == LABEL].mean(0), 0.0, atol=1e-6)
+        np.testing.assert_allclose(own[number == LABEL].std(), 1.0, rtol=1e-5)
         assert np.all(np.diff(own[number == LABEL].std(0)) < 0)  # the largest first
 
 
-def test_rotation_keeps_the_plane_and_evens_the_variances() -> None:
-    plain, turned = (
-        lelp.directions(EMBEDDING, LABEL, 3, rotate=on, seed=1) for on in (False, True)
-    )
-    product = np.einsum("cds,cdt->cst", turned.basis, turned.basis)
-    np.testing.assert_allclose(product, np.stack([np.eye(3)] * 2), atol=1e-9)
-    for a, b in zip(plain.basis, turned.basis, strict=True):
-        np.testing.assert_allclose(a @ a.T, b @ b.T, atol=1e-9)  # one projector
-    again = lelp.directions(EMBEDDING, LABEL, 3, seed=1)
-    assert np.array_equal(again.basis, turned.basis)
-    spread = [
-        lelp.coordinates(lelp.directions(EMBEDDING, LABEL, 3, seed=seed), EMBEDDING)[LABEL == 0, 0]
-        for seed in range(200)
-    ]
-    variances = np.var(spread, axis=1).mean(0)  # over rotations all directions are alike
-    np.testing.assert_allclose(variances, 1.0, rtol=0.15)
+def test_rotation_keeps_lengths_and_evens_the_variances() -> None:
+    found = lelp.principal(EMBEDDING, LABEL)
+    plain = lelp.projections(found, EMBEDDING, 3, rotate=False)
+    turned = [lelp.projections(found, EMBEDDING, 3, seed=seed) for seed in range(200)]
+    np.testing.assert_allclose(np.square(turned[0]).sum(-1), np.square(plain).sum(-1))
+    assert np.array_equal(lelp.projections(found, EMBEDDING, 3, seed=1), turned[1])
+    spread = np.var([one[LABEL == 0, 0] for one in turned], axis=1).mean(0)
+    np.testing.assert_allclose(spread, 1.0, rtol=0.15)  # over rotations all directions are alike
 
 
 def test_what_the_logits_show_is_taken_out() -> None:
     weights = RNG.normal(size=(6, 2))
-    found = lelp.directions(EMBEDDING, LABEL, 3, weights=weights)
-    np.testing.assert_allclose(np.einsum("cds,dk->csk", found.basis, weights), 0.0, atol=1e-9)
+    found = lelp.principal(EMBEDDING, LABEL, weights)
+    np.testing.assert_allclose(np.einsum("cds,dk->csk", found.vectors, weights), 0.0, atol=1e-9)
     moved = EMBEDDING + RNG.normal(size=(40, 2)) @ weights.T
-    np.testing.assert_allclose(
-        lelp.coordinates(found, moved), lelp.coordinates(found, EMBEDDING), atol=1e-9
-    )
-    with pytest.raises(UserError, match="5 subclasses of a class with 4 rows or free"):
-        lelp.directions(EMBEDDING, LABEL, 5, weights=weights)
-    with pytest.raises(UserError, match="3 subclasses of a class with 2 rows"):
-        lelp.directions(EMBEDDING[:4], LABEL[:4], 3)
+    before, after = (lelp.projections(found, one, 3) for one in (EMBEDDING, moved))
+    np.testing.assert_allclose(after, before, atol=1e-9)
+    with pytest.raises(UserError, match="5 subclasses, but classes have 4 directions"):
+        lelp.projections(found, EMBEDDING, 5)
+    with pytest.raises(UserError, match="3 subclasses, but classes have 2 directions"):
+        lelp.projections(lelp.principal(EMBEDDING[:4], LABEL[:4]), EMBEDDING, 3)
 
 
 def test_targets_sum_to_the_class_probabilities() -> None:
@@ -154,7 +146,7 @@ def pool() -> tuple[Pool, dict[str, np.ndarray]]:
 def test_every_arm_teaches_a_distribution(arm) -> None:
     one, heard = pool()
     splits = 3 if arm in ("oracle", *lelp.SPLIT) else 1
-    taught = lelp.targets(one, heard, Setting(0, arm, splits, 0.3, 4.0), (1, 3))
+    taught = lelp.targets(one, heard, Setting(0, arm, splits, 0.3, 4.0), (1, 3), {})
     assert taught.shape == (36, 2, splits)
     np.testing.assert_allclose(taught.sum((1, 2)), 1.0, rtol=1e-6)
     sums = taught.sum(-1)

@@ -57,71 +57,73 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Directions:
-    """Where subclasses point: ``mean`` [C,D], ``basis`` [C,D,S], ``scale`` [C] of each class, and
-    ``outside`` [D,r], the orthonormal directions that are taken out first."""
+class Principal:
+    """Principal directions of every class, largest first: ``mean`` [C,D], ``vectors`` [C,D,R],
+    standard deviations ``spread`` [C,R]; ``outside`` [D,r] are orthonormal and taken out first."""
 
     mean: np.ndarray
-    basis: np.ndarray
-    scale: np.ndarray
+    vectors: np.ndarray
+    spread: np.ndarray
     outside: np.ndarray
 
 
-def directions(
-    embeddings: np.ndarray,
-    classes: np.ndarray,
-    splits: int,
-    *,
-    weights: np.ndarray | None = None,
-    rotate: bool = True,
-    seed: int = 0,
-) -> Directions:
-    """The first ``splits`` principal directions of each class's embeddings [N,D].
+def principal(
+    embeddings: np.ndarray, classes: np.ndarray, weights: np.ndarray | None = None
+) -> Principal:
+    """The principal directions of each class's embeddings [N,D], as many as every class has.
 
     Args:
       classes: [N], what the teacher says (its argmax), so that no label is needed.
       weights: the teacher's output weights [D,C]: their column space, which the logits show
         already, is taken out of the embeddings first (the "null space"). None: it is kept.
-      rotate: turn the directions of each class by a random orthonormal matrix, so that all have
-        the same expected variance; drawn from ``seed``.
-
-    Raises:
-      UserError: a class with fewer rows, or embeddings with fewer directions, than ``splits``.
     """
     width, count = embeddings.shape[1], int(classes.max()) + 1
     outside = np.zeros((width, 0)) if weights is None else _column_space(weights)
     inside = embeddings - embeddings @ outside @ outside.T
     room = min(width - outside.shape[1], *np.bincount(classes, minlength=count))
-    if splits > room:
-        raise UserError(
-            f"{splits} subclasses of a class with {room} rows or free directions: ask for fewer"
-        )
-    rng, mean, basis, scale = np.random.default_rng([seed, splits]), [], [], []
+    mean, vectors, spread = [], [], []
     for number in range(count):
         rows = inside[classes == number]
-        mean.append(rows.mean(0))
-        vectors = np.linalg.svd(rows - mean[-1], full_matrices=False)[2][:splits].T
-        vectors = vectors * np.where(vectors.sum(0) < 0, -1.0, 1.0)  # signs of the SVD are free
-        if rotate:
-            q, r = np.linalg.qr(rng.normal(size=(splits, splits)))
-            vectors = vectors @ (q * np.sign(np.diag(r)))
-        basis.append(vectors)
-        scale.append(((rows - mean[-1]) @ vectors).std())
-    spread = np.maximum(scale, 1e-6)
-    return Directions(np.stack(mean), np.stack(basis), spread, outside)
+        mean.append(rows.mean(0) if len(rows) else np.zeros(width))
+        _, values, own = np.linalg.svd(rows - mean[-1], full_matrices=False)
+        own = own * np.where(own.sum(1, keepdims=True) < 0, -1.0, 1.0)  # the SVD leaves signs free
+        vectors.append(own[:room].T)
+        spread.append(values[:room] / np.sqrt(max(len(rows), 1)))
+    return Principal(np.stack(mean), np.stack(vectors), np.stack(spread), outside)
 
 
-def coordinates(found: Directions, embeddings: np.ndarray) -> np.ndarray:
-    """Projections [N,C,S] of embeddings [N,D] on every class's directions, centred and divided by
-    the standard deviation over the class's rows and directions (so that beta has no unit)."""
+def projections(
+    found: Principal, embeddings: np.ndarray, splits: int, *, rotate: bool = True, seed: int = 0
+) -> np.ndarray:
+    """Coordinates [N,C,splits] of embeddings [N,D] along the first directions of every class,
+    centred and divided by the standard deviation over the class's rows and directions (so that
+    beta has no unit).
+
+    Args:
+      rotate: turn the directions of each class by a random orthonormal matrix drawn from ``seed``,
+        so that all have the same expected variance.
+
+    Raises:
+      UserError: there are fewer directions.
+    """
+    if splits > found.spread.shape[1]:
+        raise UserError(
+            f"{splits} subclasses, but classes have {found.spread.shape[1]} directions (their "
+            "rows, or the embedding's width less what the logits show): ask for fewer"
+        )
+    rng, basis = np.random.default_rng([seed, splits]), found.vectors[..., :splits]
+    if rotate:
+        q, r = np.linalg.qr(rng.normal(size=(len(basis), splits, splits)))
+        basis = basis @ (q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None])
+    scale = np.sqrt(np.square(found.spread[:, :splits]).mean(1)) + 1e-6
     inside = embeddings - embeddings @ found.outside @ found.outside.T
-    centred = inside[:, None] - found.mean
-    return np.einsum("ncd,cds->ncs", centred, found.basis) / found.scale[:, None]
+    shift = np.einsum("cd,cds->cs", found.mean, basis)
+    return (np.einsum("nd,cds->ncs", inside, basis) - shift) / scale[:, None]
 
 
-def soften(probabilities: np.ndarray, projections: np.ndarray, beta: float) -> np.ndarray:
-    """Targets [N,C,S]: class probabilities [N,C] times a softmax of projections [N,C,S] / beta."""
-    scores = projections / beta
+def soften(probabilities: np.ndarray, places: np.ndarray, beta: float) -> np.ndarray:
+    """Targets [N,C,S]: class probabilities [N,C] times a softmax of ``projections`` / beta."""
+    scores = places / beta
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     return probabilities[..., None] * scores / scores.sum(-1, keepdims=True)
 
@@ -151,13 +153,18 @@ def clusters(
 
 
 def targets(
-    pool: Pool, heard: Mapping[str, np.ndarray], one: Setting, counts: Sequence[int]
+    pool: Pool,
+    heard: Mapping[str, np.ndarray],
+    one: Setting,
+    counts: Sequence[int],
+    memo: dict[Any, Any],
 ) -> np.ndarray:
     """What a student is taught about the known rows [known,C,S].
 
     Args:
       heard: what teachers say: ``logits`` [S,K,N,C,M] of those with ``counts`` [K] subclasses (the
         plain one first), and of the plain ones ``embedding`` [S,N,D], output ``kernel`` [S,D,C].
+      memo: empty at first; what many settings share is kept there.
     """
     rows, label = pool.rows[one.seed], pool.label[: pool.known]
     logits = heard["logits"][one.seed, :, : pool.known]
@@ -171,11 +178,13 @@ def targets(
         return _softmax(own.reshape(len(own), -1)).reshape(own.shape)
     if one.arm == "lelp":
         weights = heard["kernel"][one.seed] if one.off_logits else None
-        turn = {"weights": weights, "rotate": one.rotate, "seed": one.seed}
-        found = directions(embedding[rows], named[rows], one.splits, **turn)
-        return soften(chances, coordinates(found, embedding), one.beta)
+        seen = embedding[rows], named[rows], weights
+        found = _once(memo, (one.seed, one.off_logits), lambda: principal(*seen))
+        turn = {"rotate": one.rotate, "seed": one.seed}
+        return soften(chances, projections(found, embedding, one.splits, **turn), one.beta)
     if one.arm == "k-means":
-        groups = clusters(embedding, named, rows, one.splits, one.seed)
+        seen = embedding, named, rows, one.splits, one.seed
+        groups = _once(memo, (one.seed, "clusters", one.splits), lambda: clusters(*seen))
         return divide(chances, groups, one.splits)
     if one.arm == "random":
         rng = np.random.default_rng([3, one.seed, one.splits])
@@ -185,6 +194,12 @@ def targets(
         groups = np.where(own, pool.fine[: pool.known, None], -1)
         return divide(chances, groups, one.splits)
     return chances[..., None]  # distillation, with the embedding or without
+
+
+def _once(memo: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
