@@ -46,7 +46,7 @@ def test_the_derivative_by_the_temperature_is_autodiffs(t):
         return value.sum(), value
 
     def ours(student, t):
-        value, slope = tempered_kl(student, teacher, temperature=t)
+        value, slope = tempered_kl(student, teacher, t)
         return value.sum(), (value, slope)
 
     @jax.jit
@@ -64,7 +64,7 @@ def test_the_derivative_by_the_temperature_is_autodiffs(t):
 
 def test_a_perfect_student_has_no_temperature_to_learn():
     x = wave(3, 5)
-    value, slope = jax.jit(tempered_kl)(x, x, temperature=4.0)
+    value, slope = jax.jit(tempered_kl)(x, x, 4.0)
     np.testing.assert_allclose([value, slope], np.zeros((2, 3)), atol=1e-5)
 
 

@@ -59,9 +59,9 @@ def attention_kl(student: Array, teacher: Array) -> Array:
     """``KL(teacher || student)`` of attention probabilities [B,H,T,T] -> [B,T] nats (Wang et al.
     2020, MiniLM), the mean over heads, which are averaged first where their numbers differ."""
     student, teacher = _heads(student, teacher)
-    seen = teacher > 0  # 0 log 0 is 0
-    ratio = jnp.log(jnp.where(seen, teacher, 1.0)) - jnp.log(jnp.where(seen, student, 1.0))
-    return jnp.mean((teacher * ratio).sum(-1), axis=1)
+    seen = teacher > 0  # 0 log 0 is 0; what the student rounds to 0 has a very low probability
+    p, q = (jnp.log(jnp.where(seen, jnp.maximum(x, 1e-30), 1.0)) for x in (teacher, student))
+    return jnp.mean((teacher * (p - q)).sum(-1), axis=1)
 
 
 def relational_distance(student: Array, teacher: Array) -> Array:

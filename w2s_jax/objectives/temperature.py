@@ -89,7 +89,7 @@ def curriculum_classes(
         live, fixed = _temperature(params, state, start, span, over)
 
         def divergence(mine: Array, theirs: Array) -> Array:
-            value, slope = tempered_kl(mine, theirs, temperature=fixed)
+            value, slope = tempered_kl(mine, theirs, fixed)
             return value + slope * (live - fixed)
 
         asked = distill_classes(model, divergence, teacher=teacher)
