@@ -184,7 +184,7 @@ def test_bad_input_ends_with_one_line(argv, words, tmp_path, capsys):
             claims=muscle_report.claims,
             presets=experiment.PRESETS,
             paper="muscle",
-            minutes=4,
+            minutes=3,
             argv=["--preset", "tiny", *argv, "--quiet", "--workdir", str(tmp_path / "run")],
         )
     assert stop.value.code == 2
