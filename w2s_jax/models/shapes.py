@@ -132,6 +132,7 @@ def shape(name: str) -> Config:
     if path.is_dir() or name.startswith("nano-"):
         return hf.read_config(hf.locate(name))
     key = name.rsplit("/", 1)[-1].lower()
+    key = key if key in SHAPES else key.removesuffix("-instruct")  # trained on, not changed
     if key not in SHAPES:
         near = difflib.get_close_matches(key, SHAPES, n=1, cutoff=0.4)
         hint = f"perhaps {near[0]}; " if near else ""
