@@ -271,7 +271,7 @@ if __name__ == "__main__":
         claims=claims,
         presets=PRESETS,
         paper="robust_active_distillation",
-        minutes=1.0,
+        minutes=0.5,
         summary=summary,
         plan=plan,
     )

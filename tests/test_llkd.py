@@ -18,7 +18,7 @@ def launch(*argv: str) -> dict:
         claims=experiment.claims,
         presets=experiment.PRESETS,
         paper="llkd",
-        minutes=2.0,
+        minutes=1.0,
         summary=experiment.summary,
         argv=["--quiet", *argv],
     )
@@ -137,7 +137,8 @@ def test_newsgroups_by_path(shared_data, tmp_path):
     path = shared_data / "text_cls" / "twenty_newsgroups_6.jsonl.gz"
     if not path.is_file():
         pytest.skip("no newsgroups")
-    sizes = ["--seeds", "2", "--pool", "1500", "--words", "400", "--data", str(path)]
+    sizes = ["--seeds", "2", "--pool", "1500", "--words", "400", "--lrs", "0.01"]
+    sizes += ["--tune.epochs", "12", "--data", str(path)]
     launch("--preset", "tiny", *sizes, "--workdir", str(tmp_path / "run"))
     rows = [json.loads(s) for s in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     scores = [row for row in rows if row["block"] == "score" and row["teacher"] == "trained"]

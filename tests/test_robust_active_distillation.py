@@ -18,7 +18,7 @@ def launch(*argv: str) -> dict:
         claims=rad.claims,
         presets=rad.PRESETS,
         paper="robust_active_distillation",
-        minutes=1.0,
+        minutes=0.5,
         summary=rad.summary,
         argv=["--quiet", *argv],
     )

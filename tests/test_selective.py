@@ -52,7 +52,7 @@ def test_averages_follow_the_definition_over_three_updates():
     step = jax.jit(make_step(selective(MODEL, decay=0.9), tx))
     means, by_class = np.empty(0), np.full((2, 3), np.nan)
     for update in range(3):
-        take = np.arange(8) if update != 1 else np.flatnonzero(BATCH["label"].argmax(-1) != 0)[:4]
+        take = np.arange(8) if update else np.flatnonzero(BATCH["label"].argmax(-1) != 0)[:4]
         batch = {name: column[take] for name, column in BATCH.items()}
         named, conf, unc = map(
             np.asarray, signals(batch["features"] @ state.params["kernel"], batch["label"])

@@ -53,6 +53,9 @@ def model(tokenizer: Tokenizer, seed: int = 0, padding: int = 0) -> tuple[Model,
     ), params
 
 
+spoken = jax.jit(span_logps, static_argnums=0)
+
+
 def bytes_of(*pieces: str) -> list[bytes]:
     return [piece.encode() for piece in pieces]
 
@@ -182,7 +185,7 @@ def test_equal_tokenizers_give_the_loss_of_single_tokens(tokenizers):
     teacher, other = model(one, 1)
     said = predict(partial(span_logps, teacher), other, paired.teacher, batch=2)
     objective, state, batch = distilled(paired, said, student, params, binary_kl)
-    total, weight, aux = objective(params, state, batch, KEY)
+    total, weight, aux = jax.jit(objective)(params, state, batch, KEY)
     mask = np.asarray(batch["mask"][:, 1:]) > 0
     ids = batch["tokens"][:, 1:, None]
     logps = [
@@ -199,7 +202,7 @@ def test_a_span_is_the_sum_of_its_tokens_and_targets_change_nothing(tokenizers):
     paired = spans.pair(["the", "an"], [TEXTS[0][3:], TEXTS[1][2:]], *tokenizers)
     student, params = model(tokenizers[0])
     batch = jax.tree.map(jnp.asarray, paired.student.batch(np.arange(2)))
-    got = span_logps(student, params, batch)
+    got = spoken(student, params, batch)
     logps = jax.nn.log_softmax(decode(forward(student, params, batch))[:, :-1])
     picked = np.asarray(jnp.take_along_axis(logps, batch["tokens"][:, 1:, None], -1)[..., 0])
     of = np.asarray(batch["spans"]["of"][:, 1:])
@@ -214,13 +217,13 @@ def test_a_span_is_the_sum_of_its_tokens_and_targets_change_nothing(tokenizers):
     moved = np.where(targets["mask"] > 0, moved, -1).astype(np.int32)
     packed = packed.with_columns(spans={**paired.student["spans"], "of": moved})
     batch = jax.tree.map(jnp.asarray, packed.batch(np.arange(2)))
-    np.testing.assert_allclose(span_logps(student, params, batch), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(spoken(student, params, batch), want, rtol=1e-4, atol=1e-5)
 
 
 def test_padded_vocabulary_rows_have_no_probability(tokenizers):
     paired = spans.pair(["the"], [TEXTS[0][3:]], *tokenizers)
     batch = jax.tree.map(jnp.asarray, paired.student.batch([0]))
-    plain, padded = (span_logps(*model(tokenizers[0], padding=n), batch) for n in (0, 20))
+    plain, padded = (spoken(*model(tokenizers[0], padding=n), batch) for n in (0, 20))
     np.testing.assert_allclose(padded, plain, rtol=1e-5)
 
 
