@@ -311,9 +311,10 @@ def test_training_brings_the_student_to_its_teacher(params, frozen) -> None:
     rows = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32), "asked": prompts}
     tune = Tune(lr=5e-3, batch=16, steps=80)
 
-    def far(weights, model=MODEL):
-        objective = jax.jit(on_policy(model, reverse_kl, teacher=TEACHER, tokens=NEW, eos=EOS))
-        total, weight, _ = objective(weights, state(frozen), Table(rows).batch(range(64)), KEY)
+    apart = jax.jit(POLICY())
+
+    def far(weights):
+        total, weight, _ = apart(weights, state(frozen), Table(rows).batch(range(64)), KEY)
         return float(total / weight)
 
     runs = population(
@@ -329,13 +330,13 @@ def test_training_brings_the_student_to_its_teacher(params, frozen) -> None:
     alone = fit(
         POLICY(), params, Table(rows), tune, jax.random.key(0), frozen=frozen, progress=False
     )
-    close(alone.params, runs.run(0)[0], atol=0.02)  # the coin of a number is another key
+    assert far(alone.params) < 0.7 * begun
     model = lora(MODEL, 4)
     adapted = on_base(on_policy(model, reverse_kl, teacher=TEACHER, tokens=NEW, eos=EOS, lam=0.8))
     held = {**frozen, "base": params}
     start = adapters(model, KEY)
     trained = fit(adapted, start, Table(rows), tune, KEY, frozen=held, progress=False).params
-    assert far({"base": params, "lora": trained}, model) < 0.9 * begun
+    assert far(merge(model, {"base": params, "lora": trained})) < 0.9 * begun
 
 
 @pytest.mark.parametrize("make", [lambda: POLICY(lam=0.5), lambda: minillm(
