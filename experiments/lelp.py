@@ -10,8 +10,7 @@ embedding beside distillation (FitNets at the last layer), a teacher retrained w
 students train as one program; every arm chooses its temperature, learning rate, number of
 subclasses and sharpness on dev. Expect random < distillation < LELP <= oracle.
 
-  python -m experiments.lelp --data mnist.npz --train 5000 --rows 2000 --dev 1000 --test 5000 \
-      --seeds 5 --tune.epochs 20 --teaching.epochs 10 --lrs 3e-3 1e-2
+  python -m experiments.lelp --data mnist.npz --train 5000 --rows 2000 --test 5000 --tune.epochs 20
 """
 
 from __future__ import annotations
