@@ -332,7 +332,7 @@ def _headlines(rows: list[Row]) -> Iterator[dict[str, Any]]:
 
 # Figures, summary, plan --------------------------------------------------------------------------
 
-ORDER = ("base", "large", "expert")
+ORDER = {"base": 0, "large": 1, "expert": 2, "ceiling": 4}  # the rest between
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
@@ -342,7 +342,7 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
 
 def _figures(rows: list[Row], folder: Path) -> Iterator[Path]:
     tasks = [row for row in rows if row["block"] == "tasks"]
-    tasks.sort(key=lambda row: ORDER.index(row["arm"]) if row["arm"] in ORDER else len(ORDER))
+    tasks.sort(key=lambda row: ORDER.get(row["arm"], 3))
     bars = partial(draw.bars, x="task", xlabel="")
     words = "accuracy (whole answers)"
     yield bars(tasks, y="accuracy", hue="arm", path=folder / "accuracy.png", ylabel=words)

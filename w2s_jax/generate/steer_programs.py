@@ -13,8 +13,11 @@ import numpy as np
 
 from w2s_jax.generate.choose import BLOCK, choose
 from w2s_jax.generate.steer import Blend, Rule
-from w2s_jax.models.cache import empty_cache
+from w2s_jax.models.cache import Cache, empty_cache
 from w2s_jax.types import Array, Model
+
+# How caches of several models are mapped over: all stand at one slot, or writes would be scatters
+TOGETHER: Any = Cache(layers=0, segment=0, position=0, index=None)  # pyright: ignore
 
 
 class Group(NamedTuple):
@@ -32,6 +35,7 @@ class Parts(NamedTuple):
 
 
 def parts(rule: Rule) -> Parts:
+    """A rule with keywords bound by ``functools.partial``, taken apart; float32 numbers."""
     if not isinstance(rule, partial):
         return Parts((rule, ()), {})
     kinds = (int, float, np.ndarray, jax.Array)
@@ -106,7 +110,8 @@ def decoder(groups: tuple[Group, ...], fixed: Any, vocab: int, tokens: int) -> C
                 cache, said = read(weights, ids[0], segment[0], cache)
                 said = [said]
             else:
-                cache, said = jax.vmap(read)(weights, jnp.stack(ids), jnp.stack(segment), cache)
+                several = jax.vmap(read, (0, 0, 0, TOGETHER), (TOGETHER, 0))
+                cache, said = several(weights, jnp.stack(ids), jnp.stack(segment), cache)
             extended.append(cache)
             logits |= dict(zip(group.numbers, said, strict=True))
         return extended, [logits[number] for number in sorted(logits)]
@@ -135,12 +140,11 @@ def decoder(groups: tuple[Group, ...], fixed: Any, vocab: int, tokens: int) -> C
     return run
 
 
-def _empty(group: Group, rows: int, length: int) -> Any:
+def _empty(group: Group, rows: int, length: int) -> Cache:
     cache = empty_cache(group.model.config, rows, length)
-    count = len(group.numbers)
-    if count == 1:
+    if len(group.numbers) == 1:
         return cache
-    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), cache)
+    return jax.vmap(lambda _: cache, out_axes=TOGETHER)(jnp.arange(len(group.numbers)))
 
 
 def _blocks(logps: Array) -> Array:
