@@ -246,7 +246,7 @@ def _check(cfg: Config) -> None:
         raise UserError("--start must be from 0 to below 1, --ratio above 1")
 
 
-# Claims ------------------------------------------------------------------------------------------
+# Claims
 
 
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
@@ -372,7 +372,7 @@ def _values(rows: list[Row], *, method: str, teacher: str, value: str) -> np.nda
     return np.array([row[value] for row in sorted(some, key=lambda row: row["seed"])], np.float64)
 
 
-# Figures -----------------------------------------------------------------------------------------
+# Figures
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
@@ -387,10 +387,13 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
         return [*drawn, bars(recipe, ylabel="held-out KL, nats per token", **words)]
     score, last = _of(rows, "score"), _teachers(rows)[-1]
     final = [row for row in score if row["teacher"] == last]
-    drawn.append(bars(final, ylabel=f"held-out KL from {last}, nats per token", **words))
+    words["ylabel"] = f"KL from {last}, above KL's own, nats"
+    drawn.append(bars([r for r in _less(final, "kl", last) if r["method"] != "KL"], **words))
     swept = [row for row in score if row["method"] in SWEEP]
-    words = {"path": folder / "teachers.png", "ylabel": "solution tokens right"}
-    drawn.append(lines(swept, "teacher", "right", **words))
+    first = _teachers(rows)[0]
+    words = {"path": folder / "teachers.png", "references": {f"KL from {first}": 0.0}}
+    words["ylabel"] = "solution tokens right, difference"
+    drawn.append(lines(_less(swept, "right", first), "teacher", "right", **words))
     words = {"references": {"KL": 1.0}, "ylabel": "probability mass / the KL student's"}
     masses = _masses(final, last)
     drawn.append(bars(masses, y="ratio", hue="tokens", path=folder / "mass.png", **words))
@@ -399,6 +402,12 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     drawn.append(lines(course, "update", "t", **words))
     words = {"y": "accuracy", "ylabel": "test accuracy"}
     return [*drawn, bars(_of(rows, "digits"), path=folder / "digits.png", **words)]
+
+
+def _less(rows: list[Row], value: str, teacher: str) -> list[Row]:
+    """Rows whose value is less that of the KL student of ``teacher`` and the same seed."""
+    own = {(row["seed"], row["method"], row["teacher"]): row[value] for row in rows}
+    return [{**row, value: row[value] - own[row["seed"], "KL", teacher]} for row in rows]
 
 
 def _masses(final: list[Row], last: str) -> list[Row]:

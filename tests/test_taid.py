@@ -140,12 +140,16 @@ def test_problems_of_different_purposes_never_meet():
 @pytest.mark.slow
 def test_a_small_network_learns_from_a_larger_ones_classes():
     world = worlds.digits_world(
-        data="", sizes=(200, 40, 60), hidden=(16, 8), tune=replace(TUNE, lr=1e-2), start=0.2
+        data="",
+        sizes=(200, 40, 60),
+        hidden=(16, 8),
+        tune=replace(TUNE, lr=1e-2, epochs=16),
+        start=0.2,
     )
     settings = study.grid({"mlp": ["SFT", "KL", "TAID linear"]}, (1e-2,), (0,))
     before = jax.device_get(world.judge(jax.tree.map(lambda x: x[0], world.begin([0])), world.data))
     for said in study.judged(world, settings):
-        assert said["kl"][1] < 0.8 * before["kl"][1]
+        assert said["kl"][1] < 0.8 * before["kl"][1, 0]
         assert said["accuracy"][1] > before["accuracy"][1] + 0.2
 
 
