@@ -203,6 +203,12 @@ class Pair:
     answer: int
 
     @property
+    def vocab(self) -> int | None:
+        """How many tokens both have, where their matrices are padded to different sizes."""
+        mine, theirs = self.model.config.vocab, self.teacher.config.vocab
+        return None if mine == theirs else min(mine, theirs)
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """The ids that end an answer."""
         return () if self.tokenizer.eos is None else (self.tokenizer.eos,)
@@ -212,7 +218,9 @@ class Pair:
         folder = self.ctx.workdir / "teacher"
         how: Any = dict(tokenizer=self.tokenizer, mesh=self.mesh, progress=self.ctx.progress)
         top = min(top, self.tokenizer.size)
-        return columns.add_teacher(self.teacher, self.weights, table, top, folder, **how)
+        columns.add_teacher(self.teacher, self.weights, table, top, folder, **how)
+        mine = dict(vocab=self.model.config.vocab, tokenizer=self.tokenizer)
+        return teachers.read(folder, table, **mine)
 
     def objective(
         self,
@@ -229,9 +237,10 @@ class Pair:
             assert stored is not None
             return distill(model, stored, targets=True)
         if mode == "live":
-            return distill(model, dense, teacher=self.teacher, targets=True)
+            return distill(model, dense, teacher=self.teacher, targets=True, vocab=self.vocab)
         how: Any = dict(tokens=self.answer, lam=lam, temperature=heat, eos=self.ends)
-        return on_policy(model, dense, teacher=self.teacher, targets=True, **how)
+        how |= dict(targets=True, vocab=self.vocab or self.tokenizer.size)
+        return on_policy(model, dense, teacher=self.teacher, **how)
 
     def trained(
         self,
@@ -285,7 +294,7 @@ class Pair:
         logps = token_logps(mine.hidden, mine.unembed, mine.ids, mine.mask, vocab=mine.vocab)
         sums = {"nll": -(logps * mine.mask).sum(-1), "count": mine.mask.sum(-1)}
         for name, divergence in (("forward", forward_kl), ("reverse", reverse_kl)):
-            sums[name] = _apart(mine, theirs, divergence)
+            sums[name] = self._apart(mine, theirs, divergence)
         return sums
 
     def _answered(self, both: Params, batch: Batch) -> Tree:
@@ -296,11 +305,10 @@ class Pair:
         )  # fmt: skip
         mine = predicted(self.model, both["student"], own)
         theirs = predicted(self.teacher, both["teacher"], own)
-        return {"reverse": _apart(mine, theirs, reverse_kl), "count": mine.mask.sum(-1)}
+        return {"reverse": self._apart(mine, theirs, reverse_kl), "count": mine.mask.sum(-1)}
 
-
-def _apart(mine: Predicted, theirs: Predicted, divergence: Divergence) -> Array:
-    """The divergence of both models summed over each row, [B] nats."""
-    sides = (mine.hidden, mine.unembed), (theirs.hidden, theirs.unembed)
-    vocab = mine.vocab or theirs.vocab
-    return (token_divergence(*sides, mine.mask, divergence, vocab=vocab)[1] * mine.mask).sum(-1)
+    def _apart(self, mine: Predicted, theirs: Predicted, divergence: Divergence) -> Array:
+        """The divergence of both models summed over each row, [B] nats."""
+        sides = (mine.hidden, mine.unembed), (theirs.hidden, theirs.unembed)
+        vocab = self.vocab or mine.vocab or theirs.vocab
+        return (token_divergence(*sides, mine.mask, divergence, vocab=vocab)[1] * mine.mask).sum(-1)
