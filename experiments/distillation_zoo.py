@@ -92,9 +92,9 @@ class Config:
     """Pictures: losses, counts (fewer labels), matches (of features), generations."""
     losses: tuple[str, ...] = tuple(LOSSES)
     """Pictures: what to compare."""
-    picture_teacher: str = "cnn-32"
-    """Pictures: cnn-32 has 32 and 64 channels, mlp-16 one layer of 16 units."""
-    picture_students: tuple[str, ...] = ("mlp-8", "mlp-32", "cnn-8")
+    picture_teacher: str = "cnn-32-64"
+    """Pictures: stages of 32 and 64 channels; mlp-16 is one layer of 16 units."""
+    picture_students: tuple[str, ...] = ("mlp-8", "mlp-32", "cnn-8-16")
     """Pictures: the students; counts and generations take the second, matches the last."""
     picture_train: int = 1000
     """Pictures: rows that the teacher learns from."""

@@ -188,7 +188,7 @@ FLAGS = {
     "part": (("--parts", "everything"), "generations"),
     "teacher": (("--teacher", "nano-9"), "nano-9"),
     "student": (("--students", "nano-9"), "nano-9"),
-    "picture student": (("--blocks", "pictures", "--picture-students", "rnn-3"), "mlp-16"),
+    "picture student": (("--blocks", "pictures", "--picture-students", "rnn-3"), "mlp-256"),
     "labels": (("--blocks", "pictures", "--labels", "900"), "900"),
     "own": (("--own", "99"), "--own"),
     "answer": (("--answer", "64"), "--length"),

@@ -24,7 +24,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.losses import distillation as dense
 from w2s_jax.losses import features
 from w2s_jax.losses.classification import ramp, soft_xent
-from w2s_jax.models.trunks import Cnn, Mlp, trunk
+from w2s_jax.models.trunks import named
 from w2s_jax.objectives import classify, distill_classes
 from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.features import Head, Term, linear, match, with_projections
@@ -75,8 +75,8 @@ class Pictures:
     """What all runs share.
 
     ``data`` as in ``data.images.pictures``; ``labels`` are the rows of which a student learns, the
-    first for the comparison of ``losses``; ``students`` are named "mlp-16" (units) or "cnn-4"
-    (channels of the first of two stages). ``shift`` is how far live pictures move, in pixels.
+    first for the comparison of ``losses``; networks are named as ``models.trunks.named`` does it.
+    ``shift`` is how far live pictures move, in pixels.
     """
 
     ctx: Context
@@ -100,20 +100,10 @@ class Pictures:
         return images.load(self.data, seed=0, train=self.train, dev=self.dev, test=self.test)
 
     def model(self, name: str) -> Model:
-        """The network of that name.
-
-        Raises:
-          UserError: another name.
-        """
-        kind, _, size = name.partition("-")
-        if kind not in ("mlp", "cnn") or not size.isdigit() or not int(size):
-            raise UserError(f"{name!r} is no network; name it mlp-16 (units) or cnn-4 (channels)")
-        width, table = int(size), self.splits.train
-        shape = tuple(np.asarray(table["image"]).shape[1:])
-        classes = np.asarray(table["label"]).shape[1]
-        if kind == "mlp":
-            return trunk(Mlp(shape, classes, (width,)))  # pyright: ignore[reportArgumentType]
-        return trunk(Cnn(shape, classes, (width, 2 * width)))  # pyright: ignore[reportArgumentType]
+        """The network of that name (see ``models.trunks.named``)."""
+        table = self.splits.train
+        high, wide, channels = np.asarray(table["image"]).shape[1:]
+        return named(name, (high, wide, channels), np.asarray(table["label"]).shape[1])
 
     @cached_property
     def taught(self) -> tuple[Model, Params]:
