@@ -1,6 +1,7 @@
 """Divergences by their formulas, bounds and limits; stored teachers against whole ones."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -300,7 +301,8 @@ def test_a_number_out_of_range_is_one_line(words) -> None:
 
 
 def test_logits_that_do_not_fit_are_one_line() -> None:
-    for teacher in (TEACHER[:, 1:], TEACHER[:1], {"ids": TARGETS}, [TEACHER, TEACHER]):
+    wrong: list[Any] = [TEACHER[:, 1:], TEACHER[:1], {"ids": TARGETS}, [TEACHER, TEACHER]]
+    for teacher in wrong:
         with pytest.raises(UserError, match="like the student's"):
             d.forward_kl(STUDENT, teacher)
     with pytest.raises(UserError, match="a stored teacher has ids, logits, tail"):
