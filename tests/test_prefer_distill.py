@@ -254,19 +254,48 @@ def test_the_lists_of_divergences_are_whole():
         assert found <= set(named)
 
 
+def every_distillation():
+    """The same of each divergence: a live teacher, one with targets, a stored one."""
+    plain, live = state(), state({"teacher": TEACHER.init(jax.random.key(2))})
+    kept = stored(with_targets(rows()), 4)[0]
+    return {
+        **{
+            f"distill {name}": (distill(MODEL, each, teacher=TEACHER), PARAMS, live, rows())
+            for name, each in LIVE.items()
+        },
+        **{
+            f"distill {name} of targets": (
+                distill(MODEL, each, teacher=TEACHER, targets=True),
+                PARAMS,
+                live,
+                with_targets(rows()),
+            )
+            for name, each in TARGETED.items()
+        },
+        **{
+            f"distill stored {name}": (distill(MODEL, each), PARAMS, plain, kept)
+            for name, each in STORED.items()
+        },
+        "distill stored hinton of targets": (
+            distill(MODEL, partial(TARGETED["hinton"], divergence=top_k), targets=True),
+            PARAMS,
+            plain,
+            kept,
+        ),
+    }
+
+
 @lru_cache
 def every_objective():
     """Name -> (objective, params, state, batch): one entry per objective and form of its batch."""
     (packed,) = pack_pairs(*pairs(16), classes=1, per_row=2)
     packed = referenced(packed)
-    theirs = TEACHER.init(jax.random.key(2))
     head = classifier(MODEL, feature="likelihood")
     adapted = lora(MODEL, 2)
     both = adapted.init(KEY)
     labelled = rows().with_columns(label=np.full((4, 2), 0.5, np.float32))
     loss = partial(dpo, beta=1.0)
-    plain, live = state(), state({"teacher": theirs})
-    kept = stored(with_targets(rows()), 4)[0]
+    plain = state()
     return {
         "language": (language(MODEL), PARAMS, plain, rows()),
         "language on targets": (language(MODEL), PARAMS, plain, with_targets(rows())),
@@ -317,29 +346,7 @@ def every_objective():
             state({"ref": PARAMS}),
             sampled(),
         ),
-        **{
-            f"distill {name}": (distill(MODEL, each, teacher=TEACHER), PARAMS, live, rows())
-            for name, each in LIVE.items()
-        },
-        **{
-            f"distill {name} of targets": (
-                distill(MODEL, each, teacher=TEACHER, targets=True),
-                PARAMS,
-                live,
-                with_targets(rows()),
-            )
-            for name, each in TARGETED.items()
-        },
-        **{
-            f"distill stored {name}": (distill(MODEL, each), PARAMS, plain, kept)
-            for name, each in STORED.items()
-        },
-        "distill stored hinton of targets": (
-            distill(MODEL, partial(TARGETED["hinton"], divergence=top_k), targets=True),
-            PARAMS,
-            plain,
-            kept,
-        ),
+        **every_distillation(),
     }
 
 
