@@ -161,7 +161,7 @@ def mlp(classes: int, width: int, hidden: int, layers: int = 1) -> Model:
         return Output(logits=x @ params["head"]["kernel"])
 
     axes = {
-        "body": [{"kernel": ("embed", "mlp"), "bias": ("mlp",)}] * layers,
+        "body": [{"kernel": ("embed", "ffn"), "bias": ("ffn",)}] * layers,
         "head": {"kernel": ("embed", "classes")},
     }
     return Model(init, apply, axes, (classes, width, hidden, layers), ("features",))

@@ -24,7 +24,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.losses import distillation as dense
 from w2s_jax.losses import features
 from w2s_jax.losses.classification import ramp, soft_xent
-from w2s_jax.models.trunks import named
+from w2s_jax.models.trunks import Mlp, named
 from w2s_jax.objectives import classify, distill_classes
 from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.features import Head, Term, linear, match, with_projections
@@ -179,6 +179,8 @@ class Pictures:
             probe=_named(model),
             data=self._held[0],
             points=1,
+            # convolutions are slower side by side than one after another
+            mode="auto" if isinstance(model.config, Mlp) else "map",
         )
         if done.failed:
             name, lr, _ = runs[done.failed[0]]
