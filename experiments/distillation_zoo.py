@@ -47,7 +47,7 @@ from w2s_jax.types import Row, Table
 BLOCKS = ("tokens", "pictures")
 PARTS = ("losses", "counts", "matches", "generations")
 ADAM = Tune(batch=16, epochs=1, optimizer="adam", b2=0.95, schedule="cosine", warmup=0.1, clip=1.0)
-SMALL = Tune(batch=50, steps=300, optimizer="adam", schedule="cosine", clip=0.0)
+SMALL = Tune(batch=50, steps=1000, optimizer="adam", schedule="cosine", clip=0.0)
 
 
 @dataclass(frozen=True)
