@@ -107,40 +107,56 @@ def _picture_claims(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
-    """Both blocks at one look each, then what each part shows."""
+    """Both blocks at one look per student, then what each part shows."""
     if rows and rows[0]["block"] == "recipe":
         return []
     tokens, pictures = _of(rows, block="tokens"), _of(rows, block="pictures")
+    trained = [row for row in tokens if row["divergence"] != "start"]
     paths = []
-    if tokens:
-        trained = [row for row in tokens if row["divergence"] != "start"]
-        bars = partial(draw.bars, trained, x="divergence", hue="mode", panel="student", height=5.0)
-        paths += [
-            bars(y="sampled", ylabel="sampled accuracy, test", path=folder / "tokens.png"),
-            bars(y="entropy", ylabel="entropy, nats per token", path=folder / "entropy.png"),
-            bars(y="exposure", ylabel="reverse KL, own minus given", path=folder / "exposure.png"),
-        ]
-        mode = "live" if _of(trained, mode="live") else trained[0]["mode"]
-        live = _of(trained, mode=mode)
-        dots = partial(draw.scatter, live, panel="student", hue="divergence")
-        words: Any = dict(
-            xlabel="KL(teacher, student), nats per token", ylabel="KL(student, teacher)"
-        )
-        paths.append(dots(x="forward", y="reverse", path=folder / "divergences.png", **words))
-    part = partial(_of, pictures)
-    looks: list[tuple[str, Any, dict[str, Any]]] = [
-        ("losses", draw.bars, dict(x="divergence", hue="mode", panel="student", height=5.0)),
-        ("counts", draw.lines, dict(x="count", hue="divergence", logx=True, xlabel="labels")),
-        ("matches", draw.bars, dict(x="divergence", xlabel="matched beside distillation")),
-        ("generations", draw.lines, dict(x="count", xlabel="generation")),
-    ]
-    for name, kind, how in looks:
-        if mine := part(part=name):
-            low = min(row["accuracy"] for row in mine)
-            how |= {"ylim": (max(0.0, low - 0.05), None)} if kind is draw.bars else {}
-            path = folder / f"pictures_{name}.png"
-            paths.append(kind(mine, y="accuracy", ylabel="test accuracy", path=path, **how))
+    for student in dict.fromkeys(row["student"] for row in trained):
+        paths += _token_figures(_of(trained, student=student), folder, student)
+    losses = _of(pictures, part="losses")
+    for student in dict.fromkeys(row["student"] for row in losses):
+        mine = _of(losses, student=student)
+        path = folder / f"pictures_{student}.png"
+        how: Any = dict(x="divergence", hue="mode", title=f"{student}, test accuracy", height=4.4)
+        paths.append(_bars(mine, "accuracy", path, ylabel="accuracy", **how))
+    lines: Any = partial(draw.lines, y="accuracy", ylabel="test accuracy")
+    if mine := _of(pictures, part="counts"):
+        how: Any = dict(x="count", hue="divergence", logx=True, xlabel="labels")
+        paths.append(lines(mine, path=folder / "pictures_counts.png", **how))
+    if mine := _of(pictures, part="matches"):
+        path = folder / "pictures_matches.png"
+        words: Any = dict(xlabel="matched beside distillation", ylabel="test accuracy")
+        paths.append(_bars(mine, "accuracy", path, x="divergence", **words))
+    if mine := _of(pictures, part="generations"):
+        path = folder / "pictures_generations.png"
+        paths.append(lines(mine, x="count", xlabel="generation", path=path))
     return paths
+
+
+def _bars(rows: list[Row], y: str, path: Path, **how: Any) -> Path:
+    """Bars that begin just below the lowest value."""
+    values = [float(row[y]) for row in rows]
+    low = min(values) - 0.15 * (max(values) - min(values))
+    return draw.bars(rows, y=y, path=path, ylim=(max(low, 0.0), None), **how)
+
+
+def _token_figures(rows: list[Row], folder: Path, student: str) -> list[Path]:
+    bars: Any = partial(_bars, x="divergence", hue="mode", height=4.4)
+    mode = "live" if _of(rows, mode="live") else rows[0]["mode"]
+    words: Any = dict(xlabel="KL(teacher, student), nats", ylabel="KL(student, teacher)")
+    dots: Any = partial(draw.scatter, x="forward", y="reverse", hue="divergence", **words)
+    path = folder / f"divergences_{student}.png"
+    return [
+        bars(rows, "sampled", folder / f"tokens_{student}.png", ylabel="sampled accuracy, test"),
+        bars(rows, "entropy", folder / f"entropy_{student}.png", ylabel="entropy, nats per token"),
+        draw.bars(
+            rows, x="divergence", y="exposure", hue="mode", height=4.4,
+            ylabel="reverse KL, own minus given", path=folder / f"exposure_{student}.png",
+        ),
+        dots(_of(rows, mode=mode), path=path, title=f"{student}, {mode}"),
+    ]  # fmt: skip
 
 
 def summary(rows: list[Row]) -> list[Row]:
