@@ -394,7 +394,7 @@ if __name__ == "__main__":
         claims=claims,
         presets=PRESETS,
         paper="dynamic_logit_fusion",
-        minutes=4,
+        minutes=2,
         summary=summary,
         plan=plan,
     )

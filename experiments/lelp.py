@@ -420,6 +420,6 @@ if __name__ == "__main__":
         claims=claims,
         presets=PRESETS,
         paper="lelp",
-        minutes=1.5,
+        minutes=0.6,
         summary=summary,
     )

@@ -347,7 +347,7 @@ if __name__ == "__main__":
         claims=claims,
         presets=PRESETS,
         paper="llkd",
-        minutes=1.0,
+        minutes=0.5,
         summary=summary,
         plan=plan,
     )

@@ -375,7 +375,7 @@ if __name__ == "__main__":
         claims=report.claims,
         presets=PRESETS,
         paper="muscle",
-        minutes=3,
+        minutes=2,
         summary=report.summary,
         plan=plan,
     )

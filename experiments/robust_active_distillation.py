@@ -271,7 +271,7 @@ if __name__ == "__main__":
         claims=claims,
         presets=PRESETS,
         paper="robust_active_distillation",
-        minutes=0.5,
+        minutes=0.3,
         summary=summary,
         plan=plan,
     )

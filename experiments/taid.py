@@ -444,7 +444,7 @@ if __name__ == "__main__":
         claims=claims,
         presets=PRESETS,
         paper="taid",
-        minutes=4,
+        minutes=2.5,
         summary=summary,
         plan=plan,
     )
