@@ -218,7 +218,7 @@ def _pictures(cfg: Config, ctx: Context) -> Iterator[Row]:
     zoo = Pictures(
         ctx=ctx, data=cfg.pictures, seeds=cfg.seeds, train=cfg.picture_train,
         dev=cfg.picture_dev, test=cfg.picture_test, labels=cfg.labels, losses=cfg.losses,
-        teacher=cfg.picture_teacher, students=cfg.picture_students, shift=cfg.shift,
+        teacher=cfg.picture_teacher, shift=cfg.shift,
         lrs=cfg.picture_lrs, teacher_tune=cfg.teacher_tune, tune=cfg.picture_tune,
     )  # fmt: skip
     yield zoo.teacher_row()

@@ -121,7 +121,7 @@ def test_what_goes_beside_the_losses(tmp_path: Path) -> None:
     numbers = {**vars(Config()), **PRESETS["tiny"]}
     study = Pictures(
         ctx=Context(tmp_path), data="", seeds=2, train=120, dev=40, test=60, labels=(40, 20),
-        losses=("ce", "kd T=4"), teacher="cnn-4-8", students=("cnn-2-4",), shift=1, lrs=(1e-2,),
+        losses=("ce", "kd T=4"), teacher="cnn-4-8", shift=1, lrs=(1e-2,),
         teacher_tune=numbers["teacher_tune"], tune=numbers["picture_tune"],
     )  # fmt: skip
     matches = list(study.matches("cnn-2-4"))

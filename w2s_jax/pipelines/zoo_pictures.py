@@ -88,7 +88,6 @@ class Pictures:
     labels: tuple[int, ...]
     losses: tuple[str, ...]
     teacher: str
-    students: tuple[str, ...]
     shift: int
     lrs: tuple[float, ...]
     teacher_tune: Tune
@@ -153,17 +152,15 @@ class Pictures:
         count: int,
         *,
         live: bool = False,
-        table: Table | None = None,
         tables: Sequence[Table] | None = None,
     ) -> tuple[np.ndarray, Tree]:
         """Right answers [names, lrs, seeds, N] on dev and test, and the weights [names, lrs,
-        seeds, ...]; ``tables`` [seeds] instead of the rows that ``drawn`` draws of ``table``."""
+        seeds, ...]; ``tables`` [seeds] instead of the rows that ``drawn`` draws."""
         shape = (len(names), len(self.lrs), self.seeds)
         runs = list(np.ndindex(shape))
         rows = self.drawn(count)
         if tables is None:
-            whole = self.told if table is None else table
-            tables = [whole.take(rows[seed]) for seed in range(self.seeds)]
+            tables = [self.told.take(rows[seed]) for seed in range(self.seeds)]
         done = population(
             objective,
             model.init,
