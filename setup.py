@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TORCH = ["torch==2.13.0", "transformers>=5.0", "sentencepiece>=0.2"]
+TORCH = ["torch==2.13.0", "transformers>=5.0", "accelerate>=1.10", "sentencepiece>=0.2"]
 EVAL = ["lm-eval[math,ifeval]>=0.4.13"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "tensorboardX", "openai"]
 

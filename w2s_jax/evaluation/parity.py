@@ -23,7 +23,7 @@ import numpy as np
 
 from w2s_jax.data import arithmetic
 from w2s_jax.errors import UserError
-from w2s_jax.evaluation.harness import MISSING, adapter
+from w2s_jax.evaluation.harness import adapter
 from w2s_jax.models import hf
 from w2s_jax.types import Row
 
@@ -97,7 +97,7 @@ def compare(
     try:
         from lm_eval.models import huggingface
     except ImportError as error:
-        raise UserError(f"{MISSING} torch transformers accelerate ({error})") from None
+        raise UserError(f"parity needs pip install w2s_jax[eval,torch] ({error})") from None
     model, params, tokenizer = hf.load(name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
