@@ -3,6 +3,7 @@
 import os
 import signal
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -28,6 +29,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [i for i in slow if str(zlib.crc32(i.nodeid.encode()) % 4) != share]
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs before the kernel refuses more: each one takes a few memory maps, a
+    process may hold 65,530 (Linux, vm.max_map_count), and past that XLA dies without a word."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
