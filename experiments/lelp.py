@@ -121,6 +121,7 @@ def teach(cfg: Config, pool: Pool) -> dict[str, np.ndarray]:
     [S,K,N,C,M], and of the plain ones the embeddings [S,N,D] and output weights [S,D,C]."""
     room, counts = places(cfg, pool), (1, *cfg.splits)
     model = trunks.named(cfg.teacher, pool.image.shape[1:], cfg.classes * room)
+    model = lelp.unlike(model, cfg.classes, room)
     pairs = list(itertools.product(range(cfg.seeds), counts))
     onehot = np.eye(cfg.classes, dtype=np.float32)[pool.label[: pool.known]]
     table = Table({"image": pool.image[: pool.known], "label": onehot})

@@ -11,6 +11,7 @@ import pytest
 from experiments import lelp as paper
 from experiments.lelp import Config
 from w2s_jax.errors import UserError
+from w2s_jax.models import trunks
 from w2s_jax.pipelines import lelp
 from w2s_jax.pipelines.lelp import Pool, Setting
 from w2s_jax.record import Context
@@ -129,6 +130,25 @@ def test_a_teacher_with_one_subclass_is_a_plain_one() -> None:
         jnp.zeros((2, 6))
     )  # where every teacher starts
     assert np.isfinite(grad).all()
+
+
+def test_subclasses_do_not_begin_alike() -> None:
+    """Subclasses that begin alike stay alike: the loss cannot tell them from one another."""
+    plain = trunks.named("mlp-8", (2, 2, 1), 6)
+    was, now = (model.init(jax.random.key(0)) for model in (plain, lelp.unlike(plain, 2, 3)))
+    assert (was["head"]["kernel"] == 0).all()
+    kernel = now["head"]["kernel"].reshape(8, 2, 3)
+    assert (kernel[..., 0] == 0).all() and (kernel[..., 1:].std((0, 1)) > 0.1).all()
+    jax.tree.map(np.testing.assert_array_equal, was["body"], now["body"])
+
+
+@pytest.mark.slow
+def test_a_teacher_tells_its_subclasses_apart() -> None:
+    sizes = {"seeds": 1, "train": 120, "rows": 40, "dev": 20, "test": 20, "splits": (3,)}
+    cfg = replace(Config(), teacher="mlp-16", teaching=replace(Config().teaching, lr=1e-2), **sizes)
+    logits = paper.teach(cfg, paper.load(cfg))["logits"][0]
+    plain, own = logits[0, ..., 0], logits[1, ..., :3]
+    assert own.std(-1).mean() > 0.3 * np.abs(own).mean() and np.abs(plain).mean() > 1.0
 
 
 def pool() -> tuple[Pool, dict[str, np.ndarray]]:

@@ -11,7 +11,7 @@ Classes are laid out as [C,M]: M places for subclasses, of which a run uses the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -231,6 +231,24 @@ def student_loss(
     loss = -jnp.square(heat) * (batch["label"] * logp).sum(-1)
     hint = jnp.square(logits[:, classes * places :] - batch["features"]).mean(-1)
     return loss + weight * hint
+
+
+def unlike(model: Model, classes: int, places: int) -> Model:
+    """``model`` whose head begins with random weights for every place but a class's first.
+
+    No loss here can tell the subclasses of a class from one another, so that those which begin
+    alike (a trunk's head begins at 0) stay alike. A run of one subclass is as it was.
+    """
+
+    def init(key: Array) -> Params:
+        params = model.init(key)
+        kernel = params["head"]["kernel"].reshape(-1, classes, places)
+        drawn = jax.random.normal(jax.random.fold_in(key, 1), kernel.shape) / len(kernel) ** 0.5
+        kernel = jnp.where(jnp.arange(places)[None, None] > 0, drawn, kernel)
+        head = params["head"] | {"kernel": kernel.reshape(-1, classes * places)}
+        return params | {"head": head}
+
+    return replace(model, init=init)
 
 
 def teacher_loss(
