@@ -1,5 +1,6 @@
 """Spans that two tokenizers share: bytes, boundaries, refusals, the loss by hand and its limits."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,10 +12,9 @@ from test_prefer_distill import shapes
 
 from w2s_jax.annotate import predict
 from w2s_jax.data import spans
-from w2s_jax.data.packing import with_targets
 from w2s_jax.errors import UserError
 from w2s_jax.losses import sequence
-from w2s_jax.losses.spans import binary_kl, squared
+from w2s_jax.losses.spans import binary_kl, matching, squared
 from w2s_jax.models.transformer import decode
 from w2s_jax.objectives.spans import distill_spans, span_logps
 from w2s_jax.tokenizer import Tokenizer, train_bpe
@@ -211,13 +211,77 @@ def test_a_span_is_the_sum_of_its_tokens_and_targets_change_nothing(tokenizers):
         want[row, of[row, place]] += picked[row, place]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
-    packed = with_targets(paired.student)
-    targets = packed["targets"]
-    moved = np.take_along_axis(paired.student["spans"]["of"], targets["at"] + 1, axis=1)
-    moved = np.where(targets["mask"] > 0, moved, -1).astype(np.int32)
-    packed = packed.with_columns(spans={**paired.student["spans"], "of": moved})
-    batch = jax.tree.map(jnp.asarray, packed.batch(np.arange(2)))
+    batch = jax.tree.map(jnp.asarray, spans.aimed(paired.student).batch(np.arange(2)))
     np.testing.assert_allclose(spoken(student, params, batch), want, rtol=1e-4, atol=1e-5)
+
+
+def attending(tokenizer: Tokenizer) -> tuple[Model, dict]:
+    """``model``, but of the tokens of its own text alone."""
+    plain, params = model(tokenizer)
+
+    def apply(params, tokens, segment=None, position=None, rows=None):
+        total = jnp.cumsum(params["embed"][tokens], axis=1)
+        begin = jnp.arange(tokens.shape[1])[None] - position - 1  # the place before the text
+        before = jnp.take_along_axis(total, jnp.maximum(begin, 0)[..., None], axis=1)
+        hidden = total - jnp.where(begin[..., None] >= 0, before, 0.0)
+        return Output(hidden=hidden / (position[..., None] + 1.0), unembed=params["unembed"])
+
+    return replace(plain, apply=apply), params
+
+
+def test_packed_rows_say_what_texts_alone_say(tokenizers):
+    prompts, responses = ["the", "an", "seven", ""], [t[5:] for t in (*TEXTS, TEXTS[0][:30])]
+    paired = spans.pair(prompts, responses, *tokenizers)
+    student, params = attending(tokenizers[0])
+    batch = jax.tree.map(jnp.asarray, paired.student.batch(np.arange(4)))
+    want = np.asarray(spoken(student, params, batch))
+    teacher = (-1 - np.arange(want.size).reshape(want.shape) % 7).astype(np.float32)
+    table = spans.with_teacher(paired.student, teacher * paired.student["spans"]["weight"])
+    length = table["tokens"].shape[1] + 16
+    packed, places = spans.pack(table, length)
+    assert len(packed) < len(table) and packed["tokens"].shape[1] == length
+    for made in (packed, spans.aimed(packed)):
+        got = spoken(student, params, jax.tree.map(jnp.asarray, made.batch(np.arange(len(made)))))
+        np.testing.assert_allclose(places.gather(np.asarray(got)), want, rtol=1e-4, atol=1e-4)
+    for name in ("weight", "teacher"):
+        np.testing.assert_array_equal(places.gather(packed["spans"][name]), table["spans"][name])
+    assert packed["spans"]["weight"].sum() == table["spans"]["weight"].sum()
+
+    with pytest.raises(UserError, match="more than the row length"):
+        spans.pack(table, 8)
+
+
+def test_a_long_text_is_cut_where_both_have_a_boundary(tokenizers):
+    whole = spans.pair(["the"], [TEXTS[0][3:]], *tokenizers)
+    sizes = [int((side["segment"] > 0).sum()) for side in (whole.student, whole.teacher)]
+    lengths = (sizes[0] - 6, sizes[1] - 2)
+    cut = spans.pair(["the"], [TEXTS[0][3:]], *tokenizers, length=lengths, on_long="cut")
+    assert (whole.cut, cut.cut) == (0, 1) and cut.bytes < whole.bytes == len(TEXTS[0].encode()) - 3
+    shown = []
+    for tokenizer, side, most in zip(tokenizers, (cut.student, cut.teacher), lengths, strict=True):
+        of, ids = side["spans"]["of"][0], side["tokens"][0]
+        assert side["tokens"].shape == (1, most) and (side["segment"] > 0).sum() <= most
+        shown.append(b"".join(spans.spelled(tokenizer, ids[of >= 0].tolist())))
+    assert shown[0] == shown[1] == TEXTS[0].encode()[3 : 3 + cut.bytes[0]]
+    following = whole.student["spans"]["of"][0][(cut.student["segment"] > 0).sum()]
+    assert following == cut.student["spans"]["weight"].sum(), "a span more would have fitted"
+    with pytest.raises(UserError, match="no span ends within 3 tokens"):
+        spans.pair(["the cat sat"], [TEXTS[0][11:]], *tokenizers, length=3, on_long="cut")
+
+
+def test_the_end_of_a_text_is_a_span_of_no_bytes(tokenizers):
+    plain = spans.pair(["the"], [" cat sat"], *tokenizers)
+    ended = spans.pair(["the"], [" cat sat"], *tokenizers, end=True)
+    np.testing.assert_array_equal(ended.bytes, plain.bytes)
+    for tokenizer, before, after in zip(
+        tokenizers, (plain.student, plain.teacher), (ended.student, ended.teacher), strict=True
+    ):
+        size = int((before["segment"] > 0).sum())
+        assert after["tokens"][0, size] == tokenizer.eos
+        assert after["spans"]["of"][0, size] == before["spans"]["weight"].sum()
+    endless = replace(tokenizers[1], eos=None)
+    with pytest.raises(UserError, match="end-of-text token in both"):
+        spans.pair(["the"], [" cat sat"], tokenizers[0], endless, end=True)
 
 
 def test_padded_vocabulary_rows_have_no_probability(tokenizers):
@@ -280,6 +344,16 @@ def test_divergences_by_hand_and_in_their_limits():
         assert np.isfinite(value) and np.isfinite(slope) and value >= -1e-6
     teacher = jax.grad(binary_kl, argnums=1)(jnp.log(q), jnp.log(p), jnp.array(1.0))
     assert teacher == 0
+
+
+def test_matching_keeps_its_gradient_at_any_temperature():
+    q, p, one = jnp.log(0.02), jnp.log(0.05), jnp.array(3.0)
+    slopes = [float(jax.grad(partial(matching, temperature=t))(q, p, one)) for t in (50.0, 500.0)]
+    limit = np.log(0.05) / np.log(0.02) - 1  # of (a - b) + a log(b / a), by b
+    np.testing.assert_allclose(slopes, limit, rtol=4e-2)
+    both = matching(q, p, one, nll=0.5)
+    np.testing.assert_allclose(both, binary_kl(q, p, one) - 0.5 * np.log(0.02), rtol=1e-5)
+    assert float(jax.grad(partial(matching, nll=1.0))(p, p, one)) == pytest.approx(-1.0, abs=1e-5)
 
 
 def test_gradient_of_the_binary_divergence():

@@ -31,6 +31,15 @@ def binary_kl(student: Array, teacher: Array, tokens: Array, *, temperature: Any
     return jnp.exp(a) * (a - b) - jnp.expm1(a) * (_log1mexp(a) - _log1mexp(b))
 
 
+def matching(
+    student: Array, teacher: Array, tokens: Array, *, temperature: Any = 1.0, nll: Any = 0.0
+) -> Array:
+    """``temperature`` times ``binary_kl``, so that its gradient keeps its size, and ``nll`` times
+    the stretch's negative log-likelihood under the student: fine-tuning on the same text."""
+    apart = temperature * binary_kl(student, teacher, tokens, temperature=temperature)
+    return apart - nll * student.astype(jnp.float32)
+
+
 def squared(student: Array, teacher: Array, tokens: Array) -> Array:
     """Squared difference of the log-probabilities, each per token of the student."""
     count = jnp.maximum(tokens, 1)
