@@ -1,5 +1,6 @@
 """Matching terms beside any objective: the sum, one forward pass each, projections, memories."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,6 +15,8 @@ from w2s_jax.losses import sequence
 from w2s_jax.losses.classification import ramp, soft_xent
 from w2s_jax.losses.distillation import forward_kl
 from w2s_jax.mesh import is_axes
+from w2s_jax.models.lora import lora
+from w2s_jax.models.transformer import Config, transformer
 from w2s_jax.objectives import (
     Term,
     augmented,
@@ -24,6 +27,7 @@ from w2s_jax.objectives import (
     match,
     match_memory,
     mutual,
+    on_base,
     remembered,
     taid_classes,
     taid_memory,
@@ -312,3 +316,51 @@ def test_what_is_wrong_is_said_in_a_line():
         remembered(6).loss(*jnp.zeros((2, 3, 128)), memory={}, batch={}, key=KEY)
     with pytest.raises(UserError, match="at least one example"):
         remembered(0)
+
+
+BASE = transformer(Config(vocab=V, width=8, layers=1, heads=2, ffn=8, max_length=16, taps=(0,)))
+ADAPTED = lora(BASE, 2, targets=("q", "down"))
+
+
+def spoken(student, teacher):
+    return distill(student, forward_kl, teacher=teacher)
+
+
+@pytest.mark.slow
+def test_matching_trains_adapters_and_projections_over_a_frozen_base():
+    terms, teacher = (Term(f.hint, weight=3.0, head=linear()),), bigrams(6)
+    model = with_projections(ADAPTED, teacher, terms, rows(6))
+    params = model.init(KEY)
+    shaken = {"down": {"a": 0.1, "b": 0.1}, "q": {"a": 0.1, "b": 0.0}}
+    lora_part = jax.tree.map(jnp.add, params["student"]["lora"], shaken)
+    params["student"] = {"base": params["student"]["base"], "lora": lora_part}
+    trained = {**params, "student": lora_part}  # what ``fit`` is given
+    frozen = {"teacher": teacher.init(jax.random.key(1)), "base": params["student"]["base"]}
+    objective, batch = match(ADAPTED, teacher, terms, spoken), whole(rows(6))
+    now = State(jnp.int32(0), jnp.int32(9), (), (), frozen)
+    both = [
+        jax.jit(jax.value_and_grad(lambda p, fn=fn: fn(p, now, batch, KEY)[0]))
+        for fn in (on_base(objective), objective)
+    ]
+    (got, grads), (want, everything) = both[0](trained), both[1](params)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    want = {**everything, "student": everything["student"]["lora"]}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, want)
+    assert all(
+        abs(leaf).max() > 1e-4
+        for leaf in (grads["student"]["q"]["b"], grads["projections"]["0"]["kernel"])
+    )
+    axes = jax.tree.map(
+        lambda _: 0, {**model.axes, "student": model.axes["student"]["lora"]}, is_leaf=is_axes
+    )
+    assert jax.tree.structure(axes) == jax.tree.structure(trained)
+
+
+def test_adapters_that_are_none_are_refused_in_a_line():
+    params, batch = ADAPTED.init(KEY), whole(rows(6))
+    now = State(jnp.int32(0), jnp.int32(9), (), (), {"base": params["base"]})
+    objective = on_base(language(ADAPTED))
+    with pytest.raises(UserError, match=r"adapters alone .*got \['base', 'lora'\]"):
+        jax.eval_shape(objective, params, now, batch, KEY)
+    with pytest.raises(UserError, match="frozen={'base': ...}"):
+        jax.eval_shape(objective, params["lora"], replace(now, frozen=()), batch, KEY)

@@ -8,7 +8,9 @@ from functools import partial
 
 import jax.numpy as jnp
 
+from w2s_jax.errors import UserError
 from w2s_jax.losses.sequence import token_nll
+from w2s_jax.models.lora import TARGETS
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, forward
 
 
@@ -65,10 +67,24 @@ def language(model: Model) -> Objective:
 
 def on_base(objective: Objective) -> Objective:
     """``objective`` of a model with adapters (``models.lora``), training the adapters alone; the
-    base is ``state.frozen["base"]``."""
+    base is ``state.frozen["base"]``.
+
+    Where an objective has its model under ``student`` (``match``, ``curriculum``), so have the
+    trained parameters the adapters; what stands beside them is trained as it is.
+
+    Raises:
+      UserError: parameters that are not adapters, or no base.
+    """
 
     def adapted(params: Params, state: State, batch: Batch, key: Array):
-        return objective({"base": state.frozen["base"], "lora": params}, state, batch, key)
+        inside = "student" in params
+        own = params["student"] if inside else params
+        if not set(own) <= {*TARGETS, "head"}:
+            raise UserError(f"on_base trains adapters alone (lora.adapters), got {sorted(own)}")
+        if "base" not in state.frozen:
+            raise UserError("on_base needs the weights under the adapters: frozen={'base': ...}")
+        whole = {"base": state.frozen["base"], "lora": own}
+        return objective({**params, "student": whole} if inside else whole, state, batch, key)
 
     return adapted
 
