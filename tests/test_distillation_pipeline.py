@@ -16,7 +16,14 @@ from w2s_jax.losses.distillation import forward_kl
 from w2s_jax.models.heads import linear
 from w2s_jax.models.transformer import Config, transformer
 from w2s_jax.objectives import classify, distill, distill_classes, language
-from w2s_jax.pipelines.distillation import Teacher, ensemble, generations, sequence_level, written
+from w2s_jax.pipelines.distillation import (
+    Teacher,
+    afresh,
+    ensemble,
+    generations,
+    sequence_level,
+    written,
+)
 from w2s_jax.record import Context
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
@@ -38,8 +45,8 @@ def test_each_generation_learns_from_the_one_before() -> None:
     """Of a convex problem that is trained to its end every generation is the first."""
     table, tune = examples(), Tune(lr=0.1, batch=48, steps=150)
     again = distill_classes(PROBE, forward_kl, teacher=PROBE)
-    how = (classify(PROBE, soft_xent), again, PROBE.init, table, tune, KEY)
-    lineage = generations(*how, count=3)
+    train = afresh(classify(PROBE, soft_xent), again, PROBE.init, table, tune, KEY)
+    lineage = generations(train, count=3)
     say = lambda params: forward(PROBE, params, table.batch(range(48))).logits  # noqa: E731
     first, second, third = (jax.nn.softmax(say(params)) for params in lineage)
     np.testing.assert_allclose(second, first, atol=0.02)
@@ -49,11 +56,24 @@ def test_each_generation_learns_from_the_one_before() -> None:
     begun = PROBE.init(jax.random.split(jax.random.fold_in(KEY, 1))[0])
     assert not np.allclose(begun["kernel"], lineage[0]["kernel"], atol=0.05), "it starts afresh"
     # a teacher that is there already is generation 0
-    (same, grown) = generations(*how, count=2, teacher=lineage[0])
+    (same, grown) = generations(train, count=2, first=lineage[0])
     assert same is lineage[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grown, lineage[1])
     with pytest.raises(UserError, match="count must be at least 1, got 0"):
-        generations(*how, count=0)
+        generations(train, count=0)
+
+
+def test_a_generation_may_be_of_any_kind() -> None:
+    """The oldest has no parent, the others are told their number and what came before them."""
+    seen = []
+
+    def train(number: int, last: str | None) -> str:
+        seen.append((number, last))
+        return f"{last or 'ann'} {number}"
+
+    assert generations(train, count=3) == ["ann 0", "ann 0 1", "ann 0 1 2"]
+    assert seen == [(0, None), (1, "ann 0"), (2, "ann 0 1")]
+    assert generations(train, count=2, first="eve") == ["eve", "eve 1"]
 
 
 def test_an_ensemble_averages_probabilities() -> None:
@@ -131,7 +151,8 @@ def test_generations_of_a_decoder(world, tmp_path) -> None:
     rows = written(Context(tmp_path, quiet=True), teacher, prompts, KEY, tokens=6, temperature=0.0)
     model, tune = teacher.model, Tune(lr=0.01, batch=8, steps=40)
     again = distill(model, forward_kl, teacher=model)
-    first, second = generations(language(model), again, model.init, rows, tune, KEY, count=2)
+    train = afresh(language(model), again, model.init, rows, tune, KEY)
+    first, second = generations(train, count=2)
     starting, training = jax.random.split(jax.random.fold_in(KEY, 1))
     held = {"teacher": first}
     want = fit(

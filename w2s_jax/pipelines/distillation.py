@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Array, Model, Objective, Params, Table
+
+Generation = TypeVar("Generation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,53 +129,62 @@ def sequence_level(
 
 
 def generations(
-    first: Objective,
-    again: Objective,
+    train: Callable[[int, Generation | None], Generation],
+    *,
+    count: int,
+    first: Generation | None = None,
+) -> list[Generation]:
+    """Born-again networks (Furlanello et al. 2018, arXiv 1805.04770): each generation starts
+    afresh and learns from the one before it.
+
+    Args:
+      train: a generation from its number and its parent (None: it has none). ``afresh`` trains one
+        network at a time; a generation may as well be a population's many.
+      count: generations, the first included.
+      first: a generation that is there already.
+
+    Returns:
+      Every generation, oldest first; see ``ensemble``.
+
+    Raises:
+      UserError: a count below 1.
+    """
+    if count < 1:
+        raise UserError(f"generations: count must be at least 1, got {count}")
+    lineage = [train(0, None) if first is None else first]
+    while len(lineage) < count:
+        lineage.append(train(len(lineage), lineage[-1]))
+    return lineage
+
+
+def afresh(
+    labels: Objective,
+    parent: Objective,
     begin: Callable[[Array], Params],
     table: Table,
     tune: Tune,
     key: Array,
-    *,
-    count: int,
-    teacher: Params | None = None,
     **settings: Any,
-) -> list[Params]:
-    """Born-again networks (Furlanello et al. 2018, arXiv 1805.04770): each generation starts
-    afresh and learns from the one before it. For classifiers and decoders alike.
+) -> Callable[[int, Params | None], Params]:
+    """How ``generations`` trains one network at a time, classifier or decoder.
 
     Args:
-      first: what generation 0 learns by, for instance ``classify`` or ``language``; not read with
-        a ``teacher``, which then is generation 0.
-      again: what all later ones learn by; it finds its predecessor in ``state.frozen["teacher"]``
+      labels: what a network without a parent learns by (``classify``, ``language``).
+      parent: what the others learn by; they find theirs in ``state.frozen["teacher"]``
         (``distill``, ``distill_classes`` with ``teacher=model``).
       begin: weights of a new generation from its key.
-      count: generations, the first included.
       settings: further arguments of ``fit``; what ``frozen`` has besides the teacher is kept.
-
-    Returns:
-      The weights of every generation, oldest first; see ``ensemble``.
-
-    Raises:
-      UserError: a count below 1; see ``fit``.
     """
-    if count < 1:
-        raise UserError(f"generations: count must be at least 1, got {count}")
-    frozen = dict(settings.pop("frozen", ()))
-    lineage = [] if teacher is None else [teacher]
-    while len(lineage) < count:
-        starting, training = jax.random.split(jax.random.fold_in(key, len(lineage)))
-        held = {**frozen, "teacher": lineage[-1]} if lineage else frozen
-        objective, params = (again if lineage else first), begin(starting)
-        state = fit(
-            objective,
-            params,
-            table,
-            tune,
-            training,
-            **{"frozen": held, "progress": False} | settings,
-        )
-        lineage.append(state.params)
-    return lineage
+    held = dict(settings.pop("frozen", ()))
+    given: dict[str, Any] = {"progress": False} | settings
+
+    def train(number: int, last: Params | None) -> Params:
+        starting, training = jax.random.split(jax.random.fold_in(key, number))
+        objective = labels if last is None else parent
+        frozen = held if last is None else {**held, "teacher": last}
+        return fit(objective, begin(starting), table, tune, training, frozen=frozen, **given).params
+
+    return train
 
 
 def ensemble(logits: Array | Sequence[Array]) -> Array:

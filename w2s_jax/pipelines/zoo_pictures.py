@@ -28,6 +28,7 @@ from w2s_jax.models.trunks import Mlp, named
 from w2s_jax.objectives import classify, distill_classes
 from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.features import Head, Term, linear, match, with_projections
+from w2s_jax.pipelines.distillation import generations
 from w2s_jax.pipelines.zoo_tokens import blind, sft
 from w2s_jax.record import Context
 from w2s_jax.train.fit import fit
@@ -257,28 +258,30 @@ class Pictures:
             yield from self.rows(right[best : best + 1], [name], **label)
 
     def generations(self, student: str, many: int = 3) -> Iterator[Row]:
-        """Born-again networks (Furlanello et al. 2018): each generation is distilled from the last,
-        the first learns the labels; all of one size, on the same rows."""
+        """Born-again networks (``pipelines.distillation.generations``), a population of them: the
+        first learns the labels, ``many`` further ones their parents; one size, the same rows."""
         model, count = self.model(student), self.labels[0]
-        rows = self.drawn(count)
-        tables = [self.told.take(index) for index in rows]
-        say = jax.jit(jax.vmap(_logits(model), in_axes=(0, 0)))
-        for number in range(many + 1):
-            name = "kd T=2" if number else "ce"
+        tables = [self.told.take(index) for index in self.drawn(count)]
+        shown = {"image": np.stack([np.asarray(table["image"]) for table in tables])}
+        say = jax.jit(jax.vmap(_logits(model)))
+
+        def train(number: int, last: tuple[list[Row], Params] | None) -> tuple[list[Row], Params]:
+            name, taught = "ce", tables
+            if last is not None:
+                name, told = "kd T=2", np.asarray(say(last[1], shown))
+                taught = [
+                    table.with_columns(teacher={"classes": told[seed]})
+                    for seed, table in enumerate(tables)
+                ]
             aim = distill_classes(model, LOSSES[name], targets=True)
-            right, params = self.trained(
-                model, lambda row, of=aim: of, [name], count, tables=tables
-            )
+            right, params = self.trained(model, lambda row: aim, [name], count, tables=taught)
             label = dict(part="generations", student=student, mode="stored", count=number)
-            yield from self.rows(right, [name], **label)
             best = int(right[0, ..., : self.dev].mean((-1, -2)).argmax())
-            chosen = jax.tree.map(lambda leaf, at=best: leaf[0, at], params)
-            shown = {"image": np.stack([np.asarray(table["image"]) for table in tables])}
-            logits = np.asarray(say(chosen, shown))
-            tables = [
-                table.with_columns(teacher={"classes": logits[seed]})
-                for seed, table in enumerate(tables)
-            ]
+            chosen = jax.tree.map(lambda leaf: leaf[0, best], params)
+            return list(self.rows(right, [name], **label)), chosen
+
+        for rows, _ in generations(train, count=many + 1):
+            yield from rows
 
 
 def _term(name: str, share: Any) -> Term:
