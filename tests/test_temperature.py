@@ -13,7 +13,7 @@ from w2s_jax.losses.temperature import tempered_kl
 from w2s_jax.models.heads import linear
 from w2s_jax.models.transformer import decode
 from w2s_jax.objectives import curriculum, curriculum_classes, with_temperature
-from w2s_jax.objectives.temperature import reversal
+from w2s_jax.objectives.temperature import curriculum_instances, reversal, with_predictor
 from w2s_jax.train.fit import make_step, start
 from w2s_jax.train.optim import Tune, optimizer
 from w2s_jax.types import State, Table, forward
@@ -62,6 +62,30 @@ def test_the_derivative_by_the_temperature_is_autodiffs(t):
     assert grads[1] == 0  # the slope is a value: what is not asked for does not leak
 
 
+def test_half_precision_missing_logits_and_a_temperature_for_each():
+    student, teacher = (jnp.bfloat16(2 * wave(3, 5, phase=i)) for i in (0.0, 1.0))
+    exact = [x.astype(jnp.float32) for x in (student, teacher)]
+    gone = [jnp.pad(x, ((0, 0), (0, 2)), constant_values=-jnp.inf) for x in exact]
+    each = jnp.array([0.5, 2.0, 7.0])
+
+    def said(student, teacher, t):
+        (value, slope), pull = jax.vjp(lambda x: tempered_kl(x, teacher, t), student)
+        return value, slope, pull((jnp.ones(value.shape), jnp.zeros(value.shape)))[0]
+
+    @jax.jit
+    def asked():
+        alone = jax.vmap(said)(*exact, each)  # each with a temperature []
+        return alone, said(*exact, each), said(student, teacher, each), said(*gone, each)
+
+    alone, together, rough, missing = asked()
+    assert [x.dtype.name for x in rough] == ["float32", "float32", "bfloat16"]
+    np.testing.assert_array_equal(missing[2][:, 5:], 0.0)
+    missing = *missing[:2], missing[2][:, :5]
+    for others, rtol in ((together, 1e-5), (missing, 1e-5), (rough, 1e-2)):
+        for a, b in zip(others, alone, strict=True):
+            np.testing.assert_allclose(jnp.float32(a), b, rtol=rtol, atol=1e-5)
+
+
 def test_a_perfect_student_has_no_temperature_to_learn():
     x = wave(3, 5)
     value, slope = jax.jit(tempered_kl)(x, x, 4.0)
@@ -107,6 +131,80 @@ def test_value_and_gradients_are_ctkds(progress, share):
     np.testing.assert_allclose(warm / weight, 1 + 20 / (1 + np.exp(-1)), rtol=1e-6)
 
 
+# the released loss of one example at its own temperature (README of zhengli97/CTKD) with the
+# released reversal, in double precision; the network is that of ``predictor`` below. The README
+# adds 1e-7 to the teacher's probabilities, left out here: at T = 17 it moves theta's gradient by
+# 0.2 %.
+# The batch's mean, the mean temperature, the first numbers of the student's gradient; the first of
+# the kernel's, its product with cos(0), cos(1), ..., and the first of the bias', the output's and
+# theta's
+INSTANCES = (1.41490385278, 14.4112740675, -0.1088878, 0.06180915, 0.06958611)
+PREDICTOR = (-0.02402124, -0.0329916664, 0.00728141, -0.01532693, -0.0267196967)
+
+
+def predictor():
+    return {
+        "kernel": wave(12, 5, phase=2.0) / 3,
+        "bias": wave(5, phase=3.0),
+        "out": wave(5, phase=4.0) / 2,
+        "theta": jnp.float32(0.3),
+    }
+
+
+def instances(layers, over=1.0, **columns):
+    batch = {"features": 2 * wave(4, 6), "teacher": {"classes": 3 * wave(4, 6, phase=1.0)}}
+    params = {"student": {"kernel": jnp.eye(6)}, "predictor": layers}
+    objective = curriculum_instances(PROBE, over=over)
+
+    @jax.jit
+    def mean(params, progress):
+        now = State(1200 * progress, jnp.float32(1200), (), ())
+
+        def loss(params):
+            total, weight, aux = objective(params, now, batch | columns, KEY)
+            return total / weight, aux.metrics["temperature"]
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return lambda progress: mean(params, jnp.float32(progress))
+
+
+def test_a_temperature_for_each_example_is_ctkds():
+    asked = instances(predictor())
+    for progress, share in ((1.0, 1.0), (1 / 3, 0.25), (0.0, 0.0)):
+        (value, (warm, weight)), grads = asked(progress)
+        by_logits = np.linalg.lstsq(2 * wave(4, 6).T, grads["student"]["kernel"], rcond=None)[0]
+        got = [value, warm / weight, *by_logits[0, :3]]
+        np.testing.assert_allclose(got, INSTANCES, rtol=1e-3)
+        made = {name: np.asarray(leaf).ravel() for name, leaf in grads["predictor"].items()}
+        firsts = [made[name][0] for name in ("bias", "out", "theta")]
+        got = [made["kernel"][0], made["kernel"] @ np.cos(np.arange(60)), *firsts]
+        np.testing.assert_allclose(got, share * np.array(PREDICTOR), rtol=1e-3, atol=1e-7)
+
+
+def test_a_new_predictor_gives_everyone_the_temperature_of_theta():
+    model = with_predictor(PROBE, 6, hidden=3)
+    params = model.init(KEY)
+    np.testing.assert_array_equal(params["student"]["kernel"], PROBE.init(KEY)["kernel"])
+    sizes = {"kernel": (12, 3), "bias": (3,), "out": (3,), "theta": ()}
+    assert {k: v.shape for k, v in params["predictor"].items()} == sizes
+    (value, (warm, weight)), grads = instances(params["predictor"])(0.999)
+    want, by_theta, _ = classes(0.999)
+    np.testing.assert_allclose(value, want, rtol=1e-4)
+    np.testing.assert_allclose(warm / weight, 1 + 20 / (1 + np.exp(-1)), rtol=1e-6)
+    np.testing.assert_allclose(grads["predictor"]["theta"], by_theta["theta"], rtol=1e-4)
+    same = [g["student"]["kernel"] for g in (grads, by_theta)]
+    np.testing.assert_allclose(*same, atol=1e-6)
+    assert np.any(grads["predictor"]["out"]) and not np.any(grads["predictor"]["kernel"])
+
+
+def test_examples_of_weight_0_have_no_part_in_temperatures():
+    weight = np.float32([1, 0, 2, 0])
+    (_, (warm, total)), _ = instances(predictor(), weight=weight)(0.999)
+    want = np.array([17.18583231, 8.08918871, 18.49440512, 13.8756726])  # the released code's
+    np.testing.assert_allclose([warm, total], [weight @ want, 3], rtol=1e-4)
+
+
 def test_the_port_in_taids_repository_does_not_reverse():
     """There theta is handed the plain gradient of a cross-entropy, times a factor that falls from 1
     to 0: the temperature gives way instead of resisting, and mostly to the teacher's entropy."""
@@ -133,6 +231,11 @@ def test_the_reversal_grows_along_a_cosine():
     for epoch in range(11):  # the released code: after ``epoch`` of 10, of 240
         theirs = (np.cos(epoch * np.pi / 10) + 1) * 0.5 * (0 - -1) + -1
         np.testing.assert_allclose(reversal(jnp.float32(epoch / 240)), theirs, atol=1e-6)
+
+
+def test_a_reversal_over_nothing_is_whole_at_once():
+    got = [reversal(jnp.float32(p), over) for p in (0.0, 0.5) for over in (0.0, jnp.float32(0))]
+    np.testing.assert_array_equal(got, -np.ones(4))
 
 
 def rows(count=4, width=12):
@@ -211,3 +314,11 @@ def test_what_is_wrong_is_said():
     params, batch = with_temperature(PROBE).init(KEY), {"features": wave(4, 6)}
     with pytest.raises(UserError, match="live teacher or the column"):
         jax.eval_shape(curriculum_classes(PROBE), params, state((), 0.5), batch, KEY)
+    batch["teacher"] = {"classes": wave(4, 6)}
+    with pytest.raises(UserError, match="no 'predictor' .* 'theta'.; with_predictor makes them"):
+        jax.eval_shape(curriculum_instances(PROBE), params, state((), 0.5), batch, KEY)
+    with pytest.raises(UserError, match="no 'theta' among the parameters .'kernel'."):
+        jax.eval_shape(curriculum_classes(PROBE), params["student"], state((), 0.5), batch, KEY)
+    params = with_predictor(PROBE, 5).init(KEY)
+    with pytest.raises(UserError, match="made for 5 classes, not 6"):
+        jax.eval_shape(curriculum_instances(PROBE), params, state((), 0.5), batch, KEY)

@@ -81,12 +81,32 @@ def on_base(objective: Objective) -> Objective:
         own = params["student"] if inside else params
         if not set(own) <= {*TARGETS, "head"}:
             raise UserError(f"on_base trains adapters alone (lora.adapters), got {sorted(own)}")
-        if "base" not in state.frozen:
-            raise UserError("on_base needs the weights under the adapters: frozen={'base': ...}")
-        whole = {"base": state.frozen["base"], "lora": own}
+        whole = {"base": frozen(state, "base"), "lora": own}
         return objective({**params, "student": whole} if inside else whole, state, batch, key)
 
     return adapted
+
+
+def frozen(state: State, name: str) -> Params:
+    """The frozen weights ``name``.
+
+    Raises:
+      UserError: there are none.
+    """
+    if name not in state.frozen:
+        raise UserError(f"the objective reads frozen weights: pass frozen={{{name!r}: ...}}")
+    return state.frozen[name]
+
+
+def part(params: Params, name: str, maker: str) -> Params:
+    """The part ``name`` of parameters that ``maker`` makes.
+
+    Raises:
+      UserError: it is not there.
+    """
+    if name not in params:
+        raise UserError(f"no {name!r} among the parameters {sorted(params)}; {maker} makes them")
+    return params[name]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from w2s_jax.errors import UserError
 from w2s_jax.losses.distillation import forward_kl
 from w2s_jax.losses.features import meet, pool_tokens
-from w2s_jax.objectives.base import at
+from w2s_jax.objectives.base import at, frozen, part
 from w2s_jax.types import (
     Array,
     Aux,
@@ -105,15 +105,17 @@ def match(
     def objective(params: Params, state: State, batch: Batch, key: Array):
         memories = _memories(state) if remembers else {}
         state = replace(state, memory=memories["main"]) if remembers else state
-        mine = forward(model, params["student"], batch)
-        theirs = forward(teacher, jax.lax.stop_gradient(state.frozen["teacher"]), batch)
+        own, heads = (part(params, k, "with_projections") for k in ("student", "projections"))
+        mine = forward(model, own, batch)
+        theirs = forward(teacher, jax.lax.stop_gradient(frozen(state, "teacher")), batch)
         asked = main(_answered(model, mine, batch), _answered(teacher, theirs, batch))
-        total, weight, aux = asked(params["student"], state, batch, key)
+        total, weight, aux = asked(own, state, batch, key)
         metrics = dict(aux.metrics)
         for i, term in enumerate(terms):
             pair = _pair(term, i, mine, theirs)
             with _named(term, i):
-                parts = _projected(term, params["projections"].get(str(i)), *pair, batch)
+                head = part(heads, str(i), "with_projections") if term.head else None
+                parts = _projected(term, head, *pair, batch)
                 values, memories = _said(term, i, parts, memories, batch, key)
             sums = _weighed(values, batch)
             scale = at_progress(term.weight, state.progress)

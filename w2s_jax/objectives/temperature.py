@@ -7,7 +7,9 @@ first not at all and then with a weight that grows to 1, from easy to hard. As t
     T = start + span * sigmoid(theta),   loss = T^2 KL(teacher_T || student_T),
     the gradient by theta times c,       c = -(1 - cos(pi progress / over)) / 2 up to ``over``.
 
-There c is constant over each epoch; here it moves with every update.
+There c is constant over each epoch; here it moves with every update. ``curriculum_instances`` is
+the paper's other variant, a temperature for each example from a network of two layers that sees
+what student and teacher said.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from w2s_jax.errors import UserError
 from w2s_jax.losses.sequence import token_divergence
 from w2s_jax.losses.temperature import tempered_kl
-from w2s_jax.objectives.base import predicted
-from w2s_jax.objectives.distillation import Teachers, distill_classes, heard
+from w2s_jax.objectives.base import part, predicted
+from w2s_jax.objectives.distillation import distill_classes, heard
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Output, Params, State
+
+_PREDICTOR = 0x70726564  # tells the key of the predictor from the student's own
 
 
 def with_temperature(model: Model, theta: float = 1.0) -> Model:
@@ -36,6 +41,33 @@ def with_temperature(model: Model, theta: float = 1.0) -> Model:
         return model.apply(params["student"], x, **columns)
 
     return Model(init, apply, {"student": model.axes, "theta": ()}, model.config, model.reads)
+
+
+def with_predictor(model: Model, classes: int, *, hidden: int = 64, theta: float = 1.0) -> Model:
+    """``model`` with the network of ``curriculum_instances`` beside it: parameters ``{"student":
+    those of model, "predictor": {"kernel" [2 classes, hidden], "bias", "out" [hidden], "theta"
+    []}}``; applied, it is the student.
+
+    Every theta is ``theta`` at the start, as that of ``with_temperature`` is. The released part of
+    the original does not say how wide its hidden layer is.
+    """
+
+    def init(key: Array) -> Params:
+        drawn = jax.random.normal(jax.random.fold_in(key, _PREDICTOR), (2 * classes, hidden))
+        layers = {
+            "kernel": drawn * (2 * classes) ** -0.5,
+            "bias": jnp.zeros(hidden),
+            "out": jnp.zeros(hidden),
+            "theta": jnp.float32(theta),
+        }
+        return {"student": model.init(key), "predictor": layers}
+
+    def apply(params: Params, x: Array, **columns: Any) -> Output:
+        return model.apply(params["student"], x, **columns)
+
+    whole = {"kernel": (None, None), "bias": (None,), "out": (None,), "theta": ()}
+    axes = {"student": model.axes, "predictor": whole}
+    return Model(init, apply, axes, model.config, model.reads)
 
 
 def curriculum(
@@ -57,11 +89,12 @@ def curriculum(
       over: share of the run after which the reversal is whole (10 of 240 epochs).
 
     Raises:
-      UserError: vocabularies that differ.
+      UserError: parameters without ``theta``, vocabularies that differ.
     """
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
-        live, fixed = _temperature(params, state, start, span, over)
+        theta = part(params, "theta", "with_temperature")
+        live, fixed = _temperature(theta, state, start, span, over)
         mine = predicted(model, params["student"], batch)
         theirs, vocab = heard(teacher, state, batch, mine)
         divergence = partial(tempered_kl, temperature=fixed)
@@ -77,7 +110,7 @@ def curriculum(
 def curriculum_classes(
     model: Model,
     *,
-    teacher: Teachers = None,
+    teacher: Model | None = None,
     start: Any = 1.0,
     span: Any = 20.0,
     over: Any = 10 / 240,
@@ -86,7 +119,8 @@ def curriculum_classes(
     ``distill_classes``, whose ``teacher`` may be the column of logits as well."""
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
-        live, fixed = _temperature(params, state, start, span, over)
+        theta = part(params, "theta", "with_temperature")
+        live, fixed = _temperature(theta, state, start, span, over)
 
         def divergence(mine: Array, theirs: Array) -> Array:
             value, slope = tempered_kl(mine, theirs, fixed)
@@ -99,18 +133,70 @@ def curriculum_classes(
     return objective
 
 
+def curriculum_instances(
+    model: Model,
+    *,
+    teacher: Model | None = None,
+    start: Any = 1.0,
+    span: Any = 20.0,
+    over: Any = 10 / 240,
+) -> Objective:
+    """CTKD with a temperature for each example, nats per weighted example; parameters as
+    ``with_predictor`` has them, all else as ``curriculum_classes``.
+
+    ``T_i = start + span sigmoid(theta_i)``, theta_i of the two layers (ReLU between) on the logits
+    of teacher and student side by side; an example's loss is ``T_i^2 KL`` at its own temperature,
+    and the network's gradient is turned round as theta's is. The student learns from the loss at
+    the temperatures as they are, not from what it could do to them. Metric ``temperature``: the
+    mean.
+
+    Raises:
+      UserError: parameters without ``predictor``, or one made for another number of classes.
+    """
+
+    def objective(params: Params, state: State, batch: Batch, key: Array):
+        layers, seen = part(params, "predictor", "with_predictor"), []
+
+        def divergence(mine: Array, theirs: Array) -> Array:
+            theta = _predicted(layers, theirs, mine)
+            live, fixed = _temperature(theta, state, start, span, over)
+            seen.append(fixed)
+            value, slope = tempered_kl(mine, theirs, fixed)
+            return value + slope * (live - fixed)
+
+        asked = distill_classes(model, divergence, teacher=teacher)
+        total, size, aux = asked(params["student"], state, batch, key)
+        weight = batch.get("weight", jnp.ones(len(seen[0]), jnp.float32))
+        metrics = aux.metrics | {"temperature": ((seen[0] * weight).sum(), size)}
+        return total, size, Aux(metrics, aux.memory)
+
+    return objective
+
+
 def reversal(progress: Array, over: Any = 10 / 240) -> Array:
     """What multiplies the gradient by theta: from 0 down to -1 along a cosine over the first
-    ``over`` of the run, then -1."""
-    return -0.5 * (1.0 - jnp.cos(jnp.pi * jnp.clip(progress / over, 0.0, 1.0)))
+    ``over`` of the run, then -1 (with ``over`` 0 at once)."""
+    part = jnp.where(progress < over, progress / jnp.where(over > 0, over, 1.0), 1.0)
+    return -0.5 * (1.0 - jnp.cos(jnp.pi * part))
 
 
 def _temperature(
-    params: Params, state: State, start: Any, span: Any, over: Any
+    theta: Array, state: State, start: Any, span: Any, over: Any
 ) -> tuple[Array, Array]:
     """The temperature twice: once with a gradient to theta, turned round, and once without."""
-    theta = params["theta"].astype(jnp.float32)
+    theta = theta.astype(jnp.float32)
     still = jax.lax.stop_gradient(theta)
     turned = still + reversal(state.progress, over) * (theta - still)
     live = start + span * jax.nn.sigmoid(turned)
     return live, jax.lax.stop_gradient(live)
+
+
+def _predicted(layers: Params, teacher: Array, student: Array) -> Array:
+    """theta of each example, [B]."""
+    said = jax.lax.stop_gradient(jnp.concatenate([teacher, student], axis=-1)).astype(jnp.float32)
+    if (made := layers["kernel"].shape[0]) != said.shape[-1]:
+        raise UserError(
+            f"with_predictor was made for {made // 2} classes, not {said.shape[-1] // 2}"
+        )
+    inner = jax.nn.relu(said @ layers["kernel"] + layers["bias"][None])
+    return inner @ layers["out"] + layers["theta"]
