@@ -1,5 +1,6 @@
 """Logit arithmetic by hand and by brute force; the decoding loop beside passes without a cache."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from scipy.special import log_softmax
 
 from w2s_jax.data import arithmetic
 from w2s_jax.errors import UserError
+from w2s_jax.generate import steer_programs
 from w2s_jax.generate.steer import GRID, displacement, fused, golden, grid, proxy
 from w2s_jax.generate.steer_loop import crew, decode, generate, score
 from w2s_jax.models.transformer import Config, transformer
@@ -101,6 +103,28 @@ def test_ties_take_the_smaller_weight_and_nobody_acts() -> None:
     once = fused(LARGE, BASE, EXPERTS[:1])
     np.testing.assert_array_equal(twice.alpha, once.alpha)
     np.testing.assert_array_equal(twice.expert, 0)
+
+
+@pytest.mark.parametrize("search", [grid, golden])
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_expert_that_is_not_a_number_is_not_left_out_in_silence(search, which) -> None:
+    broken = EXPERTS[:2].copy()
+    broken[which, 3] = np.nan
+    got = fused(LARGE, BASE, broken, search=search)
+    np.testing.assert_array_equal(np.isnan(got.logps).any(-1), np.arange(6) == 3)
+    assert (got.alpha[3], got.expert[3]) == (0, -1)
+
+
+@pytest.mark.parametrize("rule", [fused, proxy, partial(fused, search=golden)])
+def test_a_token_that_nobody_says_changes_nothing(rule) -> None:
+    def excluded(logits):
+        return np.insert(logits, 7, -np.inf, axis=-1)
+
+    want = rule(LARGE, BASE, EXPERTS)
+    got = rule(*map(excluded, (LARGE, BASE, EXPERTS)))
+    np.testing.assert_allclose(got.logps, excluded(want.logps), atol=1e-5)
+    np.testing.assert_allclose(got.alpha, want.alpha, atol=1e-5)
+    np.testing.assert_array_equal(got.expert, want.expert)
 
 
 @pytest.mark.parametrize("rule", [fused, proxy])
@@ -226,6 +250,29 @@ def test_experts_may_read_another_prompt(people) -> None:
     assert np.abs(first(1.0) - first(1.0, expert_prompts=others)).max() > 1e-3
 
 
+def test_tables_of_other_lengths_share_a_program(people) -> None:
+    def table(asked: int) -> Table:
+        mask = np.zeros((2, 24), np.float32)
+        mask[0, 1 : asked + 1] = 1
+        return Table({"tokens": np.full((2, 24), 9, np.int32), "mask": mask})
+
+    how = steer_programs.parts(proxy)
+    program = steer_programs.scorer(people.groups, how.fixed, people.vocab, 5)
+    scores = [score(people, proxy, table(asked), chunk=5) for asked in (3, 12, 23)]
+    assert program._cache_size() == 1
+    for asked, got in zip((3, 12, 23), scores, strict=True):
+        np.testing.assert_allclose(got.logps[0, 1 : asked + 1], scores[2].logps[0, 1 : asked + 1])
+        assert not got.logps[0, asked + 1 :].any() and not got.logps[1].any()
+
+
+def test_a_tokenizer_may_have_more_tokens_than_a_model(models) -> None:
+    large, base, experts = models
+    short = member(replace(SMALL, vocab=VOCAB - 2, pad_vocab=1), 4)
+    people = crew(large, base, [experts[0], short])
+    assert people.vocab == VOCAB - 2
+    assert max(max(row.ids) for row in decode(people, fused, PROMPTS[2:3], KEY, tokens=2)) < VOCAB
+
+
 def test_tables_of_texts(people) -> None:
     asked = ["q : amy has 3 pens .", "q : liz has 4 eggs .", *PROMPTS[2:]]
     prompts = np.empty(4, object)
@@ -256,8 +303,12 @@ def test_bad_inputs_are_said(models, people) -> None:
         score(people, proxy, Table({"tokens": np.ones((1, 4), np.int32), "mask": np.zeros((1, 4))}))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, base[1])
     faulty = crew(large, base, [experts[0], (base[0], broken, TOKENIZER)])
-    with pytest.raises(UserError, match="not finite"):
-        decode(faulty, proxy, PROMPTS, KEY, tokens=6)
+    told = Table({"tokens": np.full((2, 8), 9, np.int32), "mask": np.ones((2, 8))})
+    for rule in (proxy, fused):
+        with pytest.raises(UserError, match="not finite"):
+            decode(faulty, rule, PROMPTS, KEY, tokens=6)
+        with pytest.raises(UserError, match="row 0.*not finite"):
+            score(faulty, rule, told)
 
 
 def test_the_grid_holds_the_weight_of_proxy_tuning() -> None:

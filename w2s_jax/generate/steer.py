@@ -44,11 +44,13 @@ Rule = Callable[..., Blend]
 
 
 def shifts(large: Array, base: Array, experts: Array) -> tuple[Array, Array]:
-    """Log-probabilities of the large model [...,V], and what each expert adds to them [E,...,V]."""
+    """Log-probabilities of the large model [...,V], and what each expert adds to them [E,...,V];
+    0 where neither base nor expert ever says a token (logits of -inf)."""
     logps, below, above = (
         jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (large, base, experts)
     )
-    return logps, above - below[None]
+    never = jnp.isneginf(above) & jnp.isneginf(below)[None]
+    return logps, jnp.where(never, 0.0, above - below[None])
 
 
 def proxy(large: Array, base: Array, experts: Array, *, alpha: float | Array = 1.0) -> Blend:
@@ -152,7 +154,8 @@ def fused(large: Array, base: Array, experts: Array, *, search: Search = grid) -
     ``sum_s (KL(P~ || P) - KL(Q_s || Q))^2 + (KL(P || P~) - KL(Q || Q_s))^2``.
 
     Ties go to the smaller weight, then to the first expert. Where large and base agree and one
-    expert differs from them, alpha is 1 (exactly so on the grid). ``search`` is ``grid`` or
+    expert differs from them, alpha is 1 (exactly so on the grid). Where a model's logits are not
+    finite, nor are the log-probabilities (alpha 0, expert -1). ``search`` is ``grid`` or
     ``golden``, with a range bound by ``partial`` if need be. No more than one expert's
     ``chunk`` x rows x V is held beside the inputs.
     """
@@ -166,14 +169,17 @@ def fused(large: Array, base: Array, experts: Array, *, search: Search = grid) -
         return search(partial(_mismatch, logps, each, wanted), rows, vocab)
 
     alphas, values = jax.lax.map(least, shift)  # [E, rows] each
-    tied = jnp.where(values == values.min(0)[None], alphas, jnp.inf)
+    least_of_all = values.min(0)
+    solved = jnp.isfinite(least_of_all)  # all experts are in every objective: one NaN is enough
+    tied = jnp.where(values == least_of_all[None], alphas, jnp.inf)
     expert = tied.argmin(0)
     alpha = jnp.take_along_axis(alphas, expert[None], axis=0)[0]
     chosen = jnp.take_along_axis(shift, expert[None, ..., None], axis=0)[0]
+    moved = jax.nn.log_softmax(logps + alpha[..., None] * chosen)
     return Blend(
-        jax.nn.log_softmax(logps + alpha[..., None] * chosen),
-        alpha,
-        jnp.where(alpha > 0, expert.astype(jnp.int32), -1),
+        jnp.where(solved[..., None], moved, jnp.nan),
+        jnp.where(solved, alpha, 0.0),
+        jnp.where(solved & (alpha > 0), expert.astype(jnp.int32), -1),
     )
 
 

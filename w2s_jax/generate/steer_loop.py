@@ -72,8 +72,8 @@ def crew(
 ) -> Crew:
     """Models that share a vocabulary, ready to decode; adapters are merged.
 
-    Rows of a vocabulary beyond the smallest tokenizer's (padding, tokens added to one expert) are
-    left out.
+    Rows of a vocabulary beyond the smallest tokenizer's or model's (padding, tokens added to one
+    expert) are left out.
 
     Raises:
       UserError: no expert, tokenizers whose common ids mean different tokens.
@@ -81,7 +81,7 @@ def crew(
     if not experts:
         raise UserError("steering needs at least one expert; to decode one model use sample")
     everyone = [large, base, *experts]
-    vocab = min(tokenizer.size for _, _, tokenizer in everyone)
+    vocab = min(min(tokenizer.size, model.config.vocab) for model, _, tokenizer in everyone)
     for number, (_, _, tokenizer) in enumerate(everyone):
         _check_same(base[2], tokenizer, vocab, _name(number))
     with rules_context(mesh):
@@ -215,15 +215,17 @@ def score(crew: Crew, rule: Rule, table: Table, *, batch: int = 32, chunk: int =
     rule sees ``batch`` x ``chunk`` predictions at a time.
 
     Raises:
-      UserError: no row, a row longer than a model reads.
+      UserError: no row, a row longer than a model reads, an id outside the common vocabulary,
+        logits that are not finite.
     """
     tokens, mask = np.asarray(table["tokens"]), np.asarray(table["mask"])[:, 1:] > 0
     count, length = tokens.shape
     if not count or not mask.any():
         raise UserError("steering: the table to score has nothing that its mask asks for")
-    how, most = parts(rule), int(mask.sum(1).max())
+    _check_table(crew, tokens)
+    how, most = parts(rule), np.int32(mask.sum(1).max())
     run = scorer(crew.groups, how.fixed, crew.vocab, chunk)
-    at = np.argsort(~mask, axis=1, kind="stable")[:, :most]  # asked-for places come first
+    at = np.argsort(~mask, axis=1, kind="stable")  # asked-for places come first
     found = [np.zeros((count, length), kind) for kind in (np.float32, np.float32, np.int32)]
     reads = [name for name in ("tokens", "segment", "position") if name in table]
     size = min(batch, count)
@@ -231,8 +233,11 @@ def score(crew: Crew, rule: Rule, table: Table, *, batch: int = 32, chunk: int =
         for begin in range(0, count, size):
             rows = np.minimum(np.arange(begin, begin + size), count - 1)
             part = {name: np.asarray(table[name])[rows] for name in reads}
-            said = jax.device_get(run(crew.params, part, at[rows], how.numbers))
+            said = jax.device_get(run(crew.params, part, at[rows], most, how.numbers))
             asked = np.take_along_axis(mask[rows], at[rows], axis=1)
+            faulty = ~np.isfinite(np.where(asked, said[0], 0)).all(1)
+            if faulty.any():
+                raise UserError(_faulty(f"row {rows[faulty.argmax()]}"))
             for whole, values in zip(found, said, strict=True):
                 whole[rows[:, None], 1 + at[rows]] = np.where(asked, values, 0)
     return Scores(*found)
@@ -263,6 +268,25 @@ def _check(crew: Crew, sides: Sequence[Ids], tokens: int) -> None:
                 )
 
 
+def _check_table(crew: Crew, tokens: np.ndarray) -> None:
+    if tokens.shape[1] > crew.most:
+        raise UserError(
+            f"steering: rows of {tokens.shape[1]} tokens exceed the {crew.most} that a model reads"
+        )
+    if tokens.min() < 0 or tokens.max() >= crew.vocab:
+        raise UserError(
+            f"steering: the table to score has a token outside 0..{crew.vocab - 1}, the ids that "
+            "all models share; encode it with the base's tokenizer"
+        )
+
+
+def _faulty(where: str) -> str:
+    return (
+        f"steering: {where}: logits are not finite; look for faults in the weights, or compute in "
+        "float32"
+    )
+
+
 def _left(prompts: Ids, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and segment [B,width] of some prompts, padded on the left."""
     ids, segment = (np.zeros((len(rows), width), np.int32) for _ in range(2))
@@ -277,10 +301,7 @@ def _rows(drawn: Any, begin: int, count: int) -> list[Steered]:
     for row in range(count):
         size = int((drawn.ids[row] >= 0).sum())
         if drawn.faulty[row]:
-            raise UserError(
-                f"steering: prompt {begin + row}: logits are not finite after {size} tokens; look "
-                "for faults in the weights, or compute in float32"
-            )
+            raise UserError(_faulty(f"prompt {begin + row} after {size} tokens"))
         ids, logps, alpha, expert = (
             x[row, :size] for x in (drawn.ids, drawn.logps, drawn.alpha, drawn.expert)
         )

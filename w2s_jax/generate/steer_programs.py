@@ -186,14 +186,16 @@ def _note(
 
 @lru_cache(maxsize=32)
 def scorer(groups: tuple[Group, ...], fixed: Any, vocab: int, chunk: int) -> Callable[..., Any]:
-    """``run(params, columns, at [B,W], numbers) -> (logps, alpha, expert)``, [B,W] each."""
+    """``run(params, columns, at [B,W], most, numbers) -> (logps, alpha, expert)``, [B,W] each.
+
+    Of the W places of a row the first ``most`` [] are looked at, ``chunk`` at a time; how many
+    they are does not change the program.
+    """
 
     @jax.jit
-    def run(params, columns, at, numbers):
+    def run(params, columns, at, most, numbers):
         columns = dict(columns)
         tokens = columns.pop("tokens")
-        places = jnp.pad(at, ((0, 0), (0, -at.shape[1] % chunk)))
-        targets = jnp.take_along_axis(tokens, places + 1, axis=1)
         heard: dict[int, tuple[Array, Array]] = {}
         for group, weights in zip(groups, params, strict=True):
 
@@ -206,22 +208,24 @@ def scorer(groups: tuple[Group, ...], fixed: Any, vocab: int, chunk: int) -> Cal
             else:
                 several = zip(*jax.vmap(read)(weights), strict=True)
                 heard |= dict(zip(group.numbers, several, strict=True))
+        places = jnp.pad(at, ((0, 0), (0, -at.shape[1] % chunk)))
 
-        def part(these):
-            places, targets = these
-            at = places[..., None]
+        def part(number, found):
+            here = jax.lax.dynamic_slice_in_dim(places, number * chunk, chunk, axis=1)
+            targets = jnp.take_along_axis(tokens, here + 1, axis=1)
             logits = [
-                _logits(jnp.take_along_axis(hidden, at, axis=1), unembed, vocab)
+                _logits(jnp.take_along_axis(hidden, here[..., None], axis=1), unembed, vocab)
                 for _, (hidden, unembed) in sorted(heard.items())
             ]
             blend = _joined(fixed, numbers, logits)
             said = jnp.take_along_axis(blend.logps, targets[..., None], axis=-1)[..., 0]
-            return said, blend.alpha, blend.expert
+            parts = (said, blend.alpha, blend.expert)
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * chunk, axis=1)
+            return tuple(map(put, found, parts))
 
-        def chunks(x):
-            return x.reshape(x.shape[0], -1, chunk).swapaxes(0, 1)
-
-        found = jax.lax.map(part, (chunks(places), chunks(targets)))
-        return [x.swapaxes(0, 1).reshape(at.shape[0], -1)[:, : at.shape[1]] for x in found]
+        none = jnp.zeros(places.shape, jnp.float32)
+        found = (none, none, none.astype(jnp.int32))
+        found = jax.lax.fori_loop(0, -(-most // chunk), part, found)
+        return [x[:, : at.shape[1]] for x in found]
 
     return run
