@@ -29,7 +29,7 @@ from w2s_jax import figures as draw
 from w2s_jax.cli import main
 from w2s_jax.data import images
 from w2s_jax.errors import UserError
-from w2s_jax.metrics.rows import summarise
+from w2s_jax.metrics.rows import summarise, values, where
 from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.models import trunks
 from w2s_jax.pipelines import lelp
@@ -245,7 +245,7 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
     rows = [_row("grid", one, line, pool) for one, line in zip(runs, classes, strict=True)]
     yield from rows
     yield from chosen(rows)
-    best = max(_means([row for row in rows if row["arm"] == "lelp"]), key=lambda pair: pair[0])[1]
+    best = max(_means(where(rows, arm="lelp")), key=lambda pair: pair[0])[1]
     more = [
         Setting(seed, "lelp", s, b, best[0]["tau"], 0.0, off, turn, best[0]["lr"])
         for s, b in itertools.product((1, *cfg.splits), cfg.betas)
@@ -283,15 +283,14 @@ def chosen(rows: list[Row]) -> list[Row]:
         group = max(_means(some), key=lambda pair: pair[0])[1]
         return [row | {"block": block, "arm": name} for row in group]
 
-    arms = {row["arm"]: [r for r in rows if r["arm"] == row["arm"]] for row in rows}
+    arms = {row["arm"]: where(rows, arm=row["arm"]) for row in rows}
     found = [row for name, some in arms.items() for row in best("score", name, some)]
-    found += best("score", "kd, tau 1", [row for row in arms["kd"] if row["tau"] == 1.0])
+    found += best("score", "kd, tau 1", where(arms["kd"], tau=1.0))
     own = next(row["splits"] for row in found if row["arm"] == "lelp")
-    same = [row for row in arms["random"] if row["splits"] == own]
-    found += best("score", "random, same S", same)
+    found += best("score", "random, same S", where(arms["random"], splits=own))
     for name in SPLIT:
         for count in sorted({row["splits"] for row in arms[name]}):
-            found += best("splits", name, [r for r in arms[name] if r["splits"] == count])
+            found += best("splits", name, where(arms[name], splits=count))
     return found
 
 
@@ -308,21 +307,9 @@ def _check(cfg: Config) -> None:
         raise UserError(f"--classes {cfg.classes}: two or more")
 
 
-def _of(rows: list[Row], block: str) -> list[Row]:
-    return [row for row in rows if row["block"] == block]
-
-
-def _scores(rows: list[Row]) -> dict[str, np.ndarray]:
-    """Test accuracies [S] of each arm's choice, in the order of the seeds."""
-    found: dict[str, list[float]] = {}
-    for row in sorted(_of(rows, "score"), key=lambda row: row["seed"]):
-        found.setdefault(row["arm"], []).append(row["accuracy"])
-    return {name: np.array(values) for name, values in found.items()}
-
-
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
     """What the card says must appear, and what it says may not."""
-    score = _scores(rows)
+    score = partial(values, rows, "accuracy", block="score")
     pairs = [
         ("oracle", "kd"),
         ("oracle", "lelp"),
@@ -337,14 +324,13 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
     ]
     what = "difference of test accuracy, chosen on dev, mean over seeds, t interval"
     found = [
-        claim(f"{high} above {low}", what, interval(score[high] - score[low]), above=0.0)
+        claim(f"{high} above {low}", what, interval(score(arm=high) - score(arm=low)), above=0.0)
         for high, low in pairs
     ]
-    several = [row for row in _of(rows, "ablation") if row["splits"] > 1]
+    several = [row for row in where(rows, block="ablation") if row["splits"] > 1]
     for column, words in (("off_logits", "without the logits' directions"), ("rotate", "rotated")):
         sides = [
-            summarise([r for r in several if r[column] == on], ["seed"], "accuracy", None)
-            for on in (1, 0)
+            summarise(where(several, **{column: on}), ["seed"], "accuracy", None) for on in (1, 0)
         ]
         gain = np.array([a["accuracy"] - b["accuracy"] for a, b in zip(*sides, strict=True)])
         words = f"lelp better {words}, over S and beta"
@@ -354,56 +340,33 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
     """Accuracy per arm, accuracy against the number of subclasses, the ablation."""
-    score, teacher = _of(rows, "score"), _of(rows, "teacher")
-    order = sorted({row["arm"] for row in score}, key=lambda arm: np.mean(_scores(rows)[arm]))
-    score = sorted(score, key=lambda row: order.index(row["arm"]))
+    score, teacher = where(rows, block="score"), where(rows, block="teacher")
+    mean = {row["arm"]: row["accuracy"] for row in summarise(score, ["arm"], "accuracy")}
+    score = sorted(score, key=lambda row: mean[row["arm"]])
     level = {"teacher": float(np.mean([row["accuracy"] for row in teacher]))}
     low = min(row["accuracy"] for row in score) - 0.01
-    plain = [row | {"arm": "lelp"} for row in score if row["arm"] == "lelp, S = 1"]
+    plain = [row | {"arm": "lelp"} for row in where(score, arm="lelp, S = 1")]
     named = {0: "kept", 1: "removed"}, {0: "as they are", 1: "rotated"}
     ablation = [
         row
         | {"panel": f"logits' directions {named[0][row['off_logits']]}, {named[1][row['rotate']]}"}
-        for row in _of(rows, "ablation")
+        for row in where(rows, block="ablation")
     ]
+    lines = partial(draw.lines, y="accuracy", ylabel="test accuracy")
+    bars = partial(draw.bars, x="arm", y="accuracy", xlabel="", ylabel="test accuracy", height=4.4)
+    splits = partial(lines, x="splits", hue="arm", xlabel="subclasses per class")
+    betas = partial(lines, x="beta", hue="splits", panel="panel", logx=True)
     return [
-        draw.bars(
-            score,
-            x="arm",
-            y="accuracy",
-            xlabel="",
-            ylabel="test accuracy",
-            ylim=(low, 1.0),
-            references=level,
-            height=4.4,
-            path=folder / "accuracy.png",
-        ),
-        draw.lines(
-            [*plain, *_of(rows, "splits")],
-            x="splits",
-            y="accuracy",
-            hue="arm",
-            xlabel="subclasses per class",
-            ylabel="test accuracy",
-            path=folder / "splits.png",
-        ),
-        draw.lines(
-            ablation,
-            x="beta",
-            y="accuracy",
-            hue="splits",
-            panel="panel",
-            logx=True,
-            ylabel="test accuracy",
-            path=folder / "ablation.png",
-        ),
+        bars(score, ylim=(low, 1.0), references=level, path=folder / "accuracy.png"),
+        splits([*plain, *where(rows, block="splits")], path=folder / "splits.png"),
+        betas(ablation, path=folder / "ablation.png"),
     ]
 
 
 def summary(rows: list[Row]) -> list[Row]:
     """Mean test accuracy per arm with what it chose."""
-    some = _of(rows, "score")
-    mean = summarise(some + _of(rows, "teacher"), ["arm"], "accuracy")
+    some = where(rows, block="score")
+    mean = summarise(some + where(rows, block="teacher"), ["arm"], "accuracy")
     picked = {row["arm"]: row for row in some}
     names = ("splits", "beta", "tau", "weight", "lr")
     return [

@@ -26,10 +26,11 @@ import numpy as np
 from w2s_jax import figures as draw
 from w2s_jax.cli import main
 from w2s_jax.errors import UserError
-from w2s_jax.metrics.rows import summarise
+from w2s_jax.metrics.rows import overview, summarise, values, where
 from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.pipelines import llkd
 from w2s_jax.pipelines.llkd import ARMS, RANDOM, TEACHERS, Learnt, Setting, World
+from w2s_jax.pipelines.probes import best_of
 from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
@@ -146,15 +147,12 @@ def _rows(
     done: Learnt,
 ) -> list[Row]:
     """Rows of the settings whose learning rate is best on dev for their teacher and arm."""
-    on_dev: dict[tuple[str, str], dict[float, list[float]]] = {}
+    marks = []
     for one, classes in zip(settings, done.classes, strict=True):
         dev = world.dev[one.seed]
         right = llkd.macro_f1(classes[dev], world.truth[dev])
-        on_dev.setdefault((one.teacher, one.arm), {}).setdefault(one.lr, []).append(right)
-    best = {
-        key: max(by, key=lambda lr, by=by: float(np.mean(by[lr]))) for key, by in on_dev.items()
-    }
-    rows: list[Row] = []
+        marks.append(((one.teacher, one.arm), one.lr, right))
+    best, rows = best_of(marks), []
     parts = zip(settings, done.classes, done.picked, done.selected, strict=True)
     for one, classes, picked, selected in parts:
         if best[one.teacher, one.arm] != one.lr:
@@ -207,58 +205,36 @@ def _check(cfg: Config) -> None:
         replace(cfg.tune, lr=lr)  # refuses a rate that is none
 
 
-def _values(rows: list[Row], column: str, **where: Any) -> np.ndarray:
-    """The column [S] where the others have these values, in the order of the seeds."""
-    found = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
-    return np.array([row[column] for row in sorted(found, key=lambda row: row["seed"])])
-
-
-def _by_arm(scores: list[Row], teacher: str, column: str, arm: str) -> np.ndarray:
-    return _values(scores, column, teacher=teacher, arm=arm)
-
-
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
     """What the card says must appear: for the calibrated teacher, and for the trained one."""
-    found = []
-
-    def add(
-        name: str,
-        what: str,
-        values: np.ndarray,
-        above: float | None = None,
-        below: float | None = None,
-    ) -> None:
-        words = f"{what}, mean over seeds, t interval"
-        found.append(claim(name, words, interval(values), above=above, below=below))
-
-    scores = [row for row in rows if row["block"] == "score"]
+    found: list[dict[str, Any]] = []
     gain = {}
+
+    def add(name: str, what: str, numbers: np.ndarray, **bounds: Any) -> None:
+        words = f"{what}, mean over seeds, t interval"
+        found.append(claim(name, words, interval(numbers), **bounds))
+
     for teacher in TEACHERS:
-        f1, labels, share = (
-            partial(_by_arm, scores, teacher, column)
-            for column in ("macro F1", "label accuracy", "selected")
-        )
-        gain[teacher] = f1("LLKD") - f1("all data")
+        score = partial(values, rows, block="score", teacher=teacher)
+        f1 = partial(score, "macro F1")
+        gain[teacher] = f1(arm="LLKD") - f1(arm="all data")
         if teacher == "constant":
             continue
-        pool = _values(scores, "pool label accuracy", arm="LLKD", teacher=teacher)
+        labels, pool = partial(score, "label accuracy"), score("pool label accuracy", arm="LLKD")
         under = f"{teacher} teacher: "
-        add(
-            under + "selected labels better than the pool's",
-            "accuracy",
-            labels("LLKD") - pool,
-            above=0.0,
-        )
+        better, worse = labels(arm="LLKD") - pool, pool - labels(arm="student only")
+        add(under + "selected labels better than the pool's", "accuracy", better, above=0.0)
         add(under + "LLKD not below all data by .005", "macro F1", gain[teacher], above=-0.005)
         add(under + "LLKD above all data", "macro F1", gain[teacher], above=0.0)
-        add(under + "LLKD above random", "macro F1", f1("LLKD") - f1(RANDOM), above=0.0)
-        add(under + "LLKD selects half or less", "mean share of a batch", share("LLKD"), below=0.5)
-        worse = pool - labels("student only")
+        more = f1(arm="LLKD") - f1(arm=RANDOM)
+        add(under + "LLKD above random", "macro F1", more, above=0.0)
+        share = score("selected", arm="LLKD")
+        add(under + "LLKD selects half or less", "mean share of a batch", share, below=0.5)
         add(under + "student-only labels worse than the pool's", "accuracy", worse, above=0.0)
-        worst = np.min([f1(arm) for arm in (*ARMS, RANDOM) if arm != "student only"], axis=0)
-        low = worst - f1("student only")
+        worst = np.min([f1(arm=arm) for arm in (*ARMS, RANDOM) if arm != "student only"], axis=0)
+        low = worst - f1(arm="student only")
         add(under + "student only worst or tied (.005)", "macro F1 to the next", low, above=-0.005)
-        curve = [r for r in rows if r["block"] == "curve" and r["teacher"] == teacher]
+        curve = where(rows, block="curve", teacher=teacher)
         for arm, words in (("LLKD", ""), ("LLKD, fixed", ", fixed thresholds")):
             name = f"{under}selected share falls{words}"
             add(name, "first - last quarter", _fall(curve, arm), above=0.0)
@@ -270,73 +246,35 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _fall(curve: list[Row], arm: str) -> np.ndarray:
     """Selected share of an arm in the first quarter of its curve less that in the last, [S]."""
-    mine = [row for row in curve if row["arm"] == arm]
-    steps = sorted({row["step"] for row in mine})
+    steps = sorted({row["step"] for row in where(curve, arm=arm)})
     quarter = max(1, len(steps) // 4)
-    lines = np.stack([_values(mine, "selected", step=step) for step in steps])
+    lines = np.stack([values(curve, "selected", arm=arm, step=step) for step in steps])
     return lines[:quarter].mean(0) - lines[-quarter:].mean(0)
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
     """Macro-F1, label accuracy and gradient share by arm; the selected share along training."""
-    scores, curve = ([r for r in rows if r["block"] == b] for b in ("score", "curve"))
-    by = ["teacher", "arm"]
-    low = min(row["macro F1"] for row in summarise(scores, by, "macro F1"))
-    common = {"hue": "arm", "xlabel": "teacher", "height": 4.4}
+    scores, curve = where(rows, block="score"), where(rows, block="curve")
+    low = min(row["macro F1"] for row in summarise(scores, ["teacher", "arm"], "macro F1"))
     shown = ("teacher only", "student only", "LLKD", "LLKD, fixed")
     moving = [row for row in curve if row["arm"] in shown]
+    bars = partial(draw.bars, scores, "teacher", hue="arm", xlabel="teacher", height=4.4)
+    share, mean = "share of the batch that is selected", "mean share of a batch that is selected"
+    dots = partial(draw.scatter, scores, hue="arm", panel="teacher", xlabel=mean)
+    lines = partial(draw.lines, moving, hue="arm", panel="teacher", xlabel="updates")
+    f1, labels = (max(0.0, low - 0.03), None), "accuracy of the selected labels"
     return [
-        draw.bars(
-            scores,
-            *("teacher", "macro F1"),
-            ylabel="test macro-F1",
-            ylim=(max(0.0, low - 0.03), None),
-            path=folder / "f1.png",
-            **common,
-        ),
-        draw.bars(
-            scores,
-            *("teacher", "label accuracy"),
-            ylabel="accuracy of the selected labels",
-            ylim=(0.4, None),
-            path=folder / "labels.png",
-            **common,
-        ),
-        draw.scatter(
-            scores,
-            *("selected", "macro F1"),
-            hue="arm",
-            panel="teacher",
-            xlabel="mean share of a batch that is selected",
-            ylabel="test macro-F1",
-            path=folder / "share.png",
-        ),
-        draw.lines(
-            moving,
-            *("step", "selected"),
-            hue="arm",
-            panel="teacher",
-            xlabel="updates",
-            ylabel="share of the batch that is selected",
-            path=folder / "selected.png",
-        ),
+        bars("macro F1", ylabel="test macro-F1", ylim=f1, path=folder / "f1.png"),
+        bars("label accuracy", ylabel=labels, ylim=(0.4, None), path=folder / "labels.png"),
+        dots("selected", "macro F1", ylabel="test macro-F1", path=folder / "share.png"),
+        lines("step", "selected", ylabel=share, path=folder / "selected.png"),
     ]
 
 
 def summary(rows: list[Row]) -> list[Row]:
     """Mean macro-F1 per teacher and arm with its interval, and what was learnt from."""
-    scores, by = [row for row in rows if row["block"] == "score"], ["teacher", "arm"]
-    more = {
-        column: {
-            tuple(row[n] for n in by): row[column] for row in summarise(scores, by, column, None)
-        }
-        for column in ("label accuracy", "selected", "ever", "least class", "lr")
-    }
-    return [
-        {name: row[name] for name in (*by, "macro F1", "low", "high")}
-        | {column: values.get((row["teacher"], row["arm"]), "") for column, values in more.items()}
-        for row in summarise(scores, by, "macro F1")
-    ]
+    more = ("label accuracy", "selected", "ever", "least class", "lr")
+    return overview(where(rows, block="score"), ["teacher", "arm"], "macro F1", more)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from w2s_jax import figures as draw
 from w2s_jax.cli import main
 from w2s_jax.data import images
 from w2s_jax.errors import UserError
-from w2s_jax.metrics.rows import summarise
+from w2s_jax.metrics.rows import overview, summarise, values, where
 from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.models.heads import linear, mlp
 from w2s_jax.pipelines.active_distillation import MADE_UP, World, choices, students, taught
@@ -151,12 +151,6 @@ def _check(cfg: Config) -> None:
         replace(cfg.tune, lr=lr)  # refuses a rate that is none
 
 
-def _values(rows: list[Row], column: str, **where: Any) -> np.ndarray:
-    """The column [S] where the others have these values, in the order of the seeds."""
-    found = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
-    return np.array([row[column] for row in sorted(found, key=lambda row: row["seed"])])
-
-
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
     """What the card says must appear, for every teacher and kind of label."""
     found = []
@@ -165,9 +159,9 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
         words = f"{what}, mean over seeds, t interval"
         found.append(claim(name, words, interval(difference), above=bound))
 
-    natural = [row for row in rows if row["block"] == "natural"]
+    natural = where(rows, block="natural")
     for teacher, labels in dict.fromkeys((row["teacher"], row["labels"]) for row in natural):
-        mine = partial(_values, natural, "accuracy", teacher=teacher, labels=labels)
+        mine = partial(values, natural, "accuracy", teacher=teacher, labels=labels)
         under = f"teacher of {teacher}, {labels} labels"
         above(f"{under}: RAD above margin", "accuracy", mine(arm="RAD") - mine(arm="margin"))
         above(f"{under}: RAD above random", "accuracy", mine(arm="RAD") - mine(arm="random"))
@@ -175,7 +169,7 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
         above(f"{under}: random not below margin by .005", "accuracy", gain, -0.005)
     for teacher in dict.fromkeys(row["teacher"] for row in natural):
         for column in ("teacher error", "informativeness"):
-            mine = partial(_values, natural, column, teacher=teacher, labels="hard")
+            mine = partial(values, natural, column, teacher=teacher, labels="hard")
             low, middle, high = (mine(arm=arm) for arm in ("random", "RAD", "margin"))
             under = f"teacher of {teacher}, chosen rows"
             above(f"{under}: {column} random < RAD", column, middle - low)
@@ -186,10 +180,10 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _growing(rows: list[Row], above: Callable[..., None]) -> None:
     """The claims about teachers that are made wrong on more and more rows."""
-    grown = [row for row in rows if row["block"] == "growing"]
+    grown = where(rows, block="growing")
     shares = sorted({row["flips"] for row in grown})
     right = {
-        share: {arm: _values(grown, "accuracy", arm=arm, flips=share) for arm in GROWING}
+        share: {arm: values(grown, "accuracy", arm=arm, flips=share) for arm in GROWING}
         for share in shares
     }
     first, last = right[shares[0]], right[shares[-1]]
@@ -209,58 +203,41 @@ def _growing(rows: list[Row], above: Callable[..., None]) -> None:
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
     """Accuracy per arm, what the chosen rows are like, accuracy as mistakes grow."""
-    natural, growing = ([r for r in rows if r["block"] == b] for b in ("natural", "growing"))
-    natural = [{**r, "teacher": f"teacher of {r['teacher']}"} for r in natural]
+    natural = [
+        {**row, "teacher": f"teacher of {row['teacher']}", "labels": f"{row['labels']} labels"}
+        for row in where(rows, block="natural")
+    ]
     by = ["teacher", "labels", "arm"]
     low = min(row["accuracy"] for row in summarise(natural, by, "accuracy"))
+    bars = partial(draw.bars, hue="arm", panel="teacher", xlabel="", height=4.2)
+    dots = partial(draw.scatter, where(natural, labels="hard labels"), hue="arm", panel="teacher")
+    lines = partial(draw.lines, where(rows, block="growing"), hue="arm", ylabel="test accuracy")
+    ends, wrong = (max(0.0, low - 0.02), None), "share of them labelled wrongly"
+    informs = "mean informativeness of the chosen rows"
+    shares = "share of the pool labelled wrongly, least sure rows first"
     return [
-        draw.bars(
-            [{**row, "labels": f"{row['labels']} labels"} for row in natural],
-            *("labels", "accuracy"),
-            hue="arm",
-            panel="teacher",
+        bars(
+            *(natural, "labels", "accuracy"),
             ylabel="test accuracy",
-            xlabel="",
-            ylim=(max(0.0, low - 0.02), None),
-            height=4.2,
+            ylim=ends,
             path=folder / "accuracy.png",
         ),
-        draw.scatter(
-            [row for row in natural if row["labels"] == "hard"],
+        dots(
             *("informativeness", "teacher error"),
-            hue="arm",
-            panel="teacher",
-            xlabel="mean informativeness of the chosen rows",
-            ylabel="share of them labelled wrongly",
+            xlabel=informs,
+            ylabel=wrong,
             path=folder / "chosen.png",
         ),
-        draw.lines(
-            growing,
-            *("flips", "accuracy"),
-            hue="arm",
-            xlabel="share of the pool labelled wrongly, least sure rows first",
-            ylabel="test accuracy",
-            path=folder / "growing.png",
-        ),
+        lines("flips", "accuracy", xlabel=shares, path=folder / "growing.png"),
     ]
 
 
 def summary(rows: list[Row]) -> list[Row]:
     """Mean accuracy per arm with its interval, and what its rows were like."""
-    alone, natural = ([r for r in rows if r["block"] == b] for b in ("alone", "natural"))
-    by = ["teacher", "labels", "arm"]
-    table = [{"teacher": "", "labels": "", **row} for row in summarise(alone, ["arm"], "accuracy")]
-    table += summarise(natural, by, "accuracy")
+    alone = [{"teacher": "", "labels": "", **row} for row in where(rows, block="alone")]
     facts = ("teacher error", "informativeness")
-    more = {
-        column: {tuple(row[n] for n in by): row[column] for row in summarise(natural, by, column)}
-        for column in facts
-    }
-    return [
-        {name: row[name] for name in (*by, "accuracy", "low", "high")}
-        | {column: more[column].get(tuple(row[n] for n in by), "") for column in facts}
-        for row in table
-    ]
+    both = [*alone, *where(rows, block="natural")]
+    return overview(both, ["teacher", "labels", "arm"], "accuracy", facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ kernel regression shows why self-distillation collapses and TAID does not (docs/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 from w2s_jax import figures as draw
 from w2s_jax.cli import main
 from w2s_jax.errors import UserError
-from w2s_jax.metrics.rows import summarise
+from w2s_jax.metrics.rows import overview, values, where
 from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.models.config import Config as Decoder
 from w2s_jax.models.shapes import shape
@@ -251,19 +251,19 @@ def _check(cfg: Config) -> None:
 
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
     """The paper's comparisons, paired by seed, on test; and the collapse of self-distillation."""
-    kernels = [*_kernels(_of(rows, "theory"))]
+    kernels = [*_kernels(where(rows, block="theory"))]
     if not _teachers(rows):
         return kernels
-    score, last = _of(rows, "score"), _teachers(rows)[-1]
+    score, last = where(rows, block="score"), _teachers(rows)[-1]
     found = [*_beside(score, last), *_sweep(rows), *_mass(score, last), *_course(score, last)]
-    return [*found, *_pictures(_of(rows, "digits")), *kernels]
+    return [*found, *_pictures(where(rows, block="digits")), *kernels]
 
 
 def _beside(score: list[Row], last: str) -> Iterator[dict[str, Any]]:
     """Held-out divergence of TAID and the others."""
-    kl = partial(_values, score, teacher=last, value="kl")
+    kl = partial(values, score, "kl", teacher=last)
     said = f"held-out KL from {last}, t interval over paired seeds"
-    methods = list(dict.fromkeys(row["method"] for row in score if row["teacher"] == last))
+    methods = list(dict.fromkeys(row["method"] for row in where(score, teacher=last)))
     for other in methods:
         if other != "TAID":
             gain = interval(kl(method=other) - kl(method="TAID"))
@@ -275,12 +275,12 @@ def _beside(score: list[Row], last: str) -> Iterator[dict[str, Any]]:
 
 def _sweep(rows: list[Row]) -> Iterator[dict[str, Any]]:
     """Students of the smallest and of the largest teacher, by solution tokens that are right."""
-    score, teachers = _of(rows, "score"), _teachers(rows)
+    score, teachers = where(rows, block="score"), _teachers(rows)
     if len(teachers) < 2:
         return
     gains = {}
     for method in {row["method"] for row in score} & set(SWEEP):
-        right = partial(_values, score, method=method, value="right")
+        right = partial(values, score, "right", method=method)
         gains[method] = right(teacher=teachers[-1]) - right(teacher=teachers[0])
     said = f"solution tokens right, {teachers[-1]} - {teachers[0]}, t interval over paired seeds"
     yield claim(
@@ -296,12 +296,12 @@ def _sweep(rows: list[Row]) -> Iterator[dict[str, Any]]:
 
 def _mass(score: list[Row], last: str) -> Iterator[dict[str, Any]]:
     """Logarithms of ratios of probability mass: head (top 10) and tail (lowest fifth)."""
-    methods = {row["method"] for row in score if row["teacher"] == last}
+    methods = {row["method"] for row in where(score, teacher=last)}
     if "RKL" not in methods:
         return
 
     def ratio(one: str, other: str, part: str) -> Any:
-        both = [_values(score, method=m, teacher=last, value=part) for m in (one, other)]
+        both = [values(score, part, method=m, teacher=last) for m in (one, other)]
         return interval(np.log(both[0]) - np.log(both[1]))
 
     over = "t interval over paired seeds"
@@ -321,20 +321,20 @@ def _mass(score: list[Row], last: str) -> Iterator[dict[str, Any]]:
 
 def _course(score: list[Row], last: str) -> Iterator[dict[str, Any]]:
     """How t goes, of the runs that may run ahead."""
-    t = partial(_values, score, teacher=last, method="TAID")
+    t = partial(values, score, teacher=last, method="TAID")
     over = "over updates, t interval over seeds"
-    rise = interval(t(value="rise"))
+    rise = interval(t("rise"))
     yield claim("t never falls", f"smallest rise {over}", rise, above=-1e-6)
-    above = interval(t(value="over"))
+    above = interval(t("over"))
     yield claim("t never is below its line", f"smallest distance {over}", above, above=-1e-6)
-    end = interval(t(value="last"))
+    end = interval(t("last"))
     yield claim("t ends near 1", f"t of the last update, {over}", end, above=0.99, below=1.0 + 1e-6)
-    ahead = interval(t(value="ahead"))
+    ahead = interval(t("ahead"))
     yield claim("adaptive steps run ahead", f"mean distance {over}", ahead, above=0.01)
 
 
 def _pictures(digits: list[Row]) -> Iterator[dict[str, Any]]:
-    right = partial(_values, digits, teacher="mlp", value="accuracy")
+    right = partial(values, digits, "accuracy", teacher="mlp")
     what = "difference in test accuracy, t interval over paired seeds"
     gain = interval(right(method="TAID") - right(method="KL"))
     yield claim("digits: TAID more accurate than KL", what, gain, above=0.0)
@@ -344,10 +344,10 @@ def _kernels(theory: list[Row]) -> Iterator[dict[str, Any]]:
     """The last targets of self-distillation, the smallest and the floor of TAID's."""
     norms: dict[str, np.ndarray] = {}
     for name in ("self-distillation", "TAID"):
-        some = [row for row in theory if row["method"] == name]
+        some = where(theory, method=name)
         seeds = sorted({row["seed"] for row in some})
-        norms[name] = np.array([[r["norm"] for r in some if r["seed"] == s] for s in seeds])
-        floor = np.array([r["floor"] for r in some if r["seed"] == seeds[0]])
+        norms[name] = np.array([[r["norm"] for r in where(some, seed=s)] for s in seeds])
+        floor = np.array([r["floor"] for r in where(some, seed=seeds[0])])
     over = "in units of what a fit may miss, t interval over seeds"
     end = interval(norms["self-distillation"][:, -1])
     words = "kernels: self-distillation collapses"
@@ -358,18 +358,8 @@ def _kernels(theory: list[Row]) -> Iterator[dict[str, Any]]:
     yield claim("kernels: TAID stays above its bound", f"least margin {over}", margin, above=-1e-6)
 
 
-def _of(rows: list[Row], block: str) -> list[Row]:
-    return [row for row in rows if row["block"] == block]
-
-
 def _teachers(rows: list[Row]) -> list[str]:
-    return [row["teacher"] for row in _of(rows, "teacher")]
-
-
-def _values(rows: list[Row], *, method: str, teacher: str, value: str) -> np.ndarray:
-    """The numbers [S] of a method and teacher in the order of the seeds."""
-    some = [row for row in rows if (row["method"], row["teacher"]) == (method, teacher)]
-    return np.array([row[value] for row in sorted(some, key=lambda row: row["seed"])], np.float64)
+    return [row["teacher"] for row in where(rows, block="teacher")]
 
 
 # Figures
@@ -379,14 +369,14 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     """Divergence per method, the teachers' sweep, mass, the course of t, digits, kernels."""
     lines = partial(draw.lines, hue="method", style="method")
     bars = partial(draw.bars, x="method", height=4.2, xlabel="")
-    norms, recipe = _of(rows, "theory"), _of(rows, "recipe")
+    norms, recipe = where(rows, block="theory"), where(rows, block="recipe")
     words: Any = {"ylabel": "norm of the targets", "references": {"collapse": 1.0}}
     drawn = [lines(norms, "round", "norm", path=folder / "collapse.png", **words)]
     words = {"y": "kl", "path": folder / "kl.png"}
     if recipe:
         return [*drawn, bars(recipe, ylabel="held-out KL, nats per token", **words)]
-    score, last = _of(rows, "score"), _teachers(rows)[-1]
-    final = [row for row in score if row["teacher"] == last]
+    score, last = where(rows, block="score"), _teachers(rows)[-1]
+    final = where(score, teacher=last)
     words["ylabel"] = f"KL from {last}, above KL's own, nats"
     drawn.append(bars([r for r in _less(final, "kl", last) if r["method"] != "KL"], **words))
     swept = [row for row in score if row["method"] in SWEEP]
@@ -397,11 +387,11 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
     words = {"references": {"KL": 1.0}, "ylabel": "probability mass / the KL student's"}
     masses = _masses(final, last)
     drawn.append(bars(masses, y="ratio", hue="tokens", path=folder / "mass.png", **words))
-    course = [row for row in _of(rows, "course") if row["teacher"] == last]
+    course = where(rows, block="course", teacher=last)
     words = {"path": folder / "course.png", "ylabel": "t of the first seed"}
     drawn.append(lines(course, "update", "t", **words))
     words = {"y": "accuracy", "ylabel": "test accuracy"}
-    return [*drawn, bars(_of(rows, "digits"), path=folder / "digits.png", **words)]
+    return [*drawn, bars(where(rows, block="digits"), path=folder / "digits.png", **words)]
 
 
 def _less(rows: list[Row], value: str, teacher: str) -> list[Row]:
@@ -424,16 +414,11 @@ def _masses(final: list[Row], last: str) -> list[Row]:
 
 def summary(rows: list[Row]) -> list[Row]:
     """Means over seeds per teacher and method, on test."""
-    if recipe := _of(rows, "recipe"):
+    if recipe := where(rows, block="recipe"):
         return [{name: row[name] for name in ("teacher", "method", "kl", "nll")} for row in recipe]
-    columns: Sequence[str] = ("kl", "nll", "right", "exact", "head", "tail")
-    table: dict[tuple[str, str], Row] = {}
-    for name in columns:
-        for row in summarise(_of(rows, "score"), ["teacher", "method"], name):
-            key = row["teacher"], row["method"]
-            table.setdefault(key, dict(zip(("teacher", "method"), key, strict=True)))
-            table[key][name] = row[name]
-    return list(table.values())
+    names = ("teacher", "method", "kl", "nll", "right", "exact", "head", "tail")
+    table = overview(where(rows, block="score"), names[:2], "kl", names[3:])
+    return [{name: row[name] for name in names} for row in table]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from w2s_jax.losses.classification import (
     soft_xent,
 )
 from w2s_jax.metrics.gap import agreement, agreement_on_errors, pgr
-from w2s_jax.metrics.rows import summarise
+from w2s_jax.metrics.rows import summarise, where
 from w2s_jax.metrics.statistics import Interval, claim, interval, median_interval, paired_bootstrap
 from w2s_jax.models.vision import patch_bank, patch_features, thumbnails
 from w2s_jax.pipelines.probes import Setting, best_rate, one_hot, supervisors, train
@@ -292,15 +292,11 @@ def _row(block: str, weak: str, learner: str, seed: int, **values: Any) -> Row:
     return {"block": block, "weak": weak, "learner": learner, "seed": seed} | values
 
 
-def _of(rows: list[Row], block: str) -> list[Row]:
-    return [row for row in rows if row["block"] == block]
-
-
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
     """What the card says must appear, for the supervisor with the largest thumbnail."""
     last = rows[-1]["weak"]
-    rows = [row for row in rows if row["weak"] == last]
-    score = _columns(_of(rows, "score"))
+    rows = where(rows, weak=last)
+    score = _columns(where(rows, block="score"))
     losses = [name for name, column in score if column == "pgr"]
     weak, ceiling = score["weak", "accuracy"], score["ceiling", "accuracy"]
     student, agrees = score[losses[0], "accuracy"], score[losses[0], "agreement"]
@@ -314,7 +310,7 @@ def claims(rows: list[Row]) -> list[dict[str, Any]]:
         above(f"{name} below the ceiling", "accuracy gap", ceiling - student),
         above(f"{name} agrees more than it is right", "agreement - accuracy", agrees - student),
     ]
-    one = next(row for row in _of(rows, "bootstrap") if row["learner"] == losses[0])
+    (one,) = where(rows, block="bootstrap", learner=losses[0])
     ends = [float(one[key]) for key in ("value", "low", "high", "level")]
     gap = Interval(*ends, n=len(weak))
     words, how = f"{name} above its supervisor, pictures redrawn", "two-level bootstrap"
@@ -341,7 +337,7 @@ def _columns(rows: list[Row]) -> dict[tuple[str, str], np.ndarray]:
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
     """Accuracy per learner, PGR per loss, training curves, agreement, learning rates."""
-    score, curve, rates = (_of(rows, block) for block in ("score", "curve", "rates"))
+    score, curve, rates = (where(rows, block=name) for name in ("score", "curve", "rates"))
     students = [row for row in score if "pgr" in row]
     bars = partial(draw.bars, x="weak", hue="learner", xlabel="supervisor", height=4.4)
     lines = partial(draw.lines, y="accuracy", hue="learner", panel="weak", ylabel="test accuracy")
@@ -361,7 +357,7 @@ def figures(rows: list[Row], folder: Path) -> list[Path]:
 
 def summary(rows: list[Row]) -> list[Row]:
     """Mean test accuracy and median PGR per supervisor and learner."""
-    score = _of(rows, "score")
+    score = where(rows, block="score")
     mean = summarise(score, ["weak", "learner"], "accuracy")
     median = summarise(score, ["weak", "learner"], "pgr", median_interval)
     recovered = {(row["weak"], row["learner"]): row["pgr"] for row in median}

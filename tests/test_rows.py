@@ -5,7 +5,7 @@ import pytest
 
 from w2s_jax.errors import UserError
 from w2s_jax.metrics.classification import ece, reliability
-from w2s_jax.metrics.rows import pool_bins, summarise
+from w2s_jax.metrics.rows import overview, pool_bins, summarise, values, where
 from w2s_jax.metrics.statistics import interval
 
 
@@ -50,6 +50,25 @@ def test_settings_are_not_taken_for_repetitions():
     with pytest.raises(UserError, match="seed twice"):
         summarise(measurements(), ["weak", "size"], "accuracy")
     assert summarise(measurements(), ["weak", "size"], "accuracy", None)[0]["repeats"] == 6
+
+
+def test_a_column_comes_in_the_order_of_the_seeds():
+    rows = [
+        {"arm": arm, "seed": s, "v": v} for arm, s, v in (("a", 2, 9), ("b", 0, 7), ("a", 0, 5))
+    ]
+    rows += [{"seed": 1, "v": 8}]  # has no arm
+    found = values(rows, "v", arm="a")
+    assert found.tolist() == [5.0, 9.0] and found.dtype == np.float64
+    assert where(rows, arm="b", seed=0) == [rows[1]] and where(rows, arm="c") == []
+
+
+def test_an_overview_has_one_interval_and_the_means_of_the_rest():
+    rows = [{"arm": "a", "seed": s, "v": v, "w": 2 * v} for s, v in enumerate((1.0, 2.0, 3.0))]
+    rows += [{"arm": "b", "seed": s, "v": 4.0} for s in range(2)]
+    one, two = overview(rows, ["arm"], "v", ["w"])
+    want = interval([1.0, 2.0, 3.0])
+    assert one == {"arm": "a", "v": 2.0, "low": want.low, "high": want.high, "w": 4.0}
+    assert (two["arm"], two["v"], two["w"]) == ("b", 4.0, "")
 
 
 def test_bins_of_several_seeds_pool_by_count():

@@ -9,7 +9,7 @@ from experiments import weak_to_strong_vision as vision
 from w2s_jax.cli import main
 from w2s_jax.errors import UserError
 from w2s_jax.models.vision import patch_bank, patch_features, thumbnails
-from w2s_jax.pipelines.probes import best_rate
+from w2s_jax.pipelines.probes import best_of, best_rate
 
 QUICK = ["--preset", "tiny", "--losses", "naive", "product", "--points", "2", "--quiet"]
 
@@ -103,6 +103,11 @@ def test_the_learning_rate_is_the_best_on_dev_rows_alone():
     classes = np.array([[[1, 1, 0, 1], [0, 1, 1, 0]]] * 2)  # rate 0: all but row 0; rate 1: 0, 1
     assert best_rate(classes, truth, np.array([[0, 1], [1, 0]])) == 1
     assert best_rate(classes, truth, np.array([[2, 3], [1, 3]])) == 0
+
+
+def test_every_group_has_its_best_setting():
+    marks = [("a", 1, 0.9), ("a", 1, 0.1), ("a", 2, 0.6), ("b", 2, 0.3), ("b", 1, 0.3)]
+    assert best_of(marks) == {"a": 2, "b": 2}  # by the mean; of equal ones the first
 
 
 @pytest.mark.slow

@@ -92,6 +92,36 @@ def summarise(
     return table
 
 
+def where(rows: Iterable[Record], **wanted: Any) -> list[Record]:
+    """The rows with these values, as ``where(rows, block="score")``; none that lacks a column."""
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def values(rows: Iterable[Record], column: str, **wanted: Any) -> np.ndarray:
+    """A column of one setting, [S] float64 in the order of the seeds, for paired differences."""
+    found = sorted(where(rows, **wanted), key=lambda row: row["seed"])
+    return np.array([row[column] for row in found], np.float64)
+
+
+def overview(
+    rows: Iterable[Mapping[str, Any]], by: Sequence[str], value: str, means: Sequence[str] = ()
+) -> list[Record]:
+    """``summarise`` for a reader: ``by``, ``value``, low, high, and the means of more columns.
+
+    "" stands where a setting has none of a column. Raises as ``summarise``.
+    """
+    rows = list(rows)
+    more: dict[str, dict[tuple, float]] = {}
+    for name in means:
+        table = summarise(rows, by, name, None)
+        more[name] = {tuple(row[key] for key in by): row[name] for row in table}
+    return [
+        {name: row[name] for name in (*by, value, "low", "high")}
+        | {name: found.get(tuple(row[key] for key in by), "") for name, found in more.items()}
+        for row in summarise(rows, by, value)
+    ]
+
+
 def pool_bins(rows: Iterable[Mapping[str, Any]], hue: str | None = None) -> list[Record]:
     """Reliability rows of several seeds as one table per ``hue``, bins weighed by their counts.
 

@@ -20,7 +20,7 @@ from w2s_jax.losses.classification import soft_xent
 from w2s_jax.metrics.classification import temperature
 from w2s_jax.models.heads import linear
 from w2s_jax.objectives import classify
-from w2s_jax.pipelines.probes import best_rate, one_hot
+from w2s_jax.pipelines.probes import best_of, best_rate, one_hot
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.population import population
 from w2s_jax.types import Array, Model, Row, Table, forward
@@ -278,7 +278,10 @@ def students(
             label = labels[key] if one.labels is None else one.labels
             lessons += [Lesson(one, label, warm, lr) for lr in lrs]
     right = _learnt(world, lessons, tune) == world.truth
-    best = _best(world, lessons, right)
+    best = best_of(
+        (one.group, (one.warm, one.lr), marks[world.dev[one.chosen.seed]].mean())
+        for one, marks in zip(lessons, right, strict=True)
+    )
     rows = []
     for one, marks in zip(lessons, right, strict=True):
         if best[one.group] == (one.warm, one.lr):
@@ -296,17 +299,3 @@ def _learnt(world: World, lessons: Sequence[Lesson], tune: Tune) -> np.ndarray:
         runs.append(Run(one.chosen.seed, rows, one.labels, one.lr))
     model = linear(world.classes, world.features.shape[1], bias=True)
     return learn(model, world.features, runs, tune, lambda x: x.argmax(-1).astype("int16"))
-
-
-def _best(
-    world: World, lessons: Sequence[Lesson], right: np.ndarray
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """(temperature, rate) of every group of lessons, by their marks [L,N] on dev."""
-    scores: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}
-    for one, marks in zip(lessons, right, strict=True):
-        own = scores.setdefault(one.group, {}).setdefault((one.warm, one.lr), [])
-        own.append(float(marks[world.dev[one.chosen.seed]].mean()))
-    return {
-        group: max(settings, key=lambda pair, s=settings: float(np.mean(s[pair])))
-        for group, settings in scores.items()
-    }
