@@ -251,6 +251,16 @@ def test_nothing_reaches_the_teacher(name) -> None:
     np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.parametrize("name", ["scaled", "hinton", "dkd"])
+def test_nothing_reaches_the_temperature(name) -> None:
+    built = {
+        "scaled": d.scaled,
+        "hinton": partial(d.hinton, targets=TARGETS, alpha=0.3),
+        "dkd": partial(d.dkd, targets=TARGETS, beta=3.0),
+    }[name]
+    assert jax.grad(lambda t: built(STUDENT, TEACHER, temperature=t).sum())(2.0) == 0
+
+
 def test_numbers_may_differ_between_runs() -> None:
     numbers = jnp.array([0.1, 0.8])
     for built, what in ((d.symmetric, "lam"), (d.taid, "t"), (d.forward_kl, "temperature")):

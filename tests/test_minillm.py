@@ -186,3 +186,6 @@ def test_rows_of_a_corpus_are_read_beside(two) -> None:
     )  # fmt: skip
     (bare, weight, _), (both, _, _) = totals
     assert float((both - bare) / weight) == pytest.approx(2 * nll, rel=1e-4)
+    light = {**batch, "mask": 0.01 * batch["mask"]}  # less than one token altogether
+    again = minillm(SMALL, corpus=2.0, **how)(student, held, light, KEY)[0]
+    assert float(again) == pytest.approx(float(both), rel=1e-5)

@@ -19,7 +19,7 @@ from w2s_jax.losses.classification import ramp
 from w2s_jax.losses.distillation import forward_kl, reverse_kl
 from w2s_jax.models.lora import adapters, lora, merge
 from w2s_jax.models.transformer import Config, decode, transformer
-from w2s_jax.objectives import distill, minillm, on_base, on_policy
+from w2s_jax.objectives import distill, minillm, on_base, on_policy, sequence_kl
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.population import population
@@ -173,6 +173,21 @@ def test_frequencies_are_the_chances(how, chances) -> None:
         np.testing.assert_allclose(old, np.log(chances)[ids], rtol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=SLOW)])
+def test_only_tokens_that_the_teacher_has_are_drawn(share) -> None:
+    """One padded size: the student likes a row that is padding to the teacher."""
+    student = constant([0.01, 0.01, 0.01, 0.97])
+    teacher = dataclasses.replace(student, config=dataclasses.replace(student.config, vocab=3))
+    batch, held = {"asked": asked([[0]] * 8, 1)}, state({"teacher": {}})
+    objectives = (
+        on_policy(student, forward_kl, teacher=teacher, tokens=4, eos=3),
+        minillm(student, teacher=teacher, tokens=4, eos=3, share=share),
+    )
+    for objective in objectives:
+        metrics = jax.jit(objective)({}, held, batch, KEY)[2].metrics
+        assert metrics["ended"] == (0, 8) and metrics["length"] == (32, 8)
+
+
 @pytest.mark.slow
 def test_adapters_are_sampled_with(params) -> None:
     model = lora(MODEL, 2)
@@ -259,6 +274,22 @@ def test_only_own_samples_is_distillation_on_them(params, frozen, said) -> None:
     ended = sum(EOS in ids for ids in responses(said))
     assert metrics["length"] == (sum(lengths), 4) and metrics["ended"] == (ended, 4)
     assert mass == sum(lengths) and metrics["own"] == (1, 1)
+
+
+@pytest.mark.slow
+def test_prompts_have_weights_too(params, frozen, said) -> None:
+    weight = jnp.array([1.0, 0.0, 2.0, 0.5])
+    plain = jax.jit(distill(MODEL, reverse_kl, teacher=TEACHER))
+    mask = said["targets"]["mask"] * weight[:, None]
+    heavy = {**said, "targets": {**said["targets"], "mask": mask}}
+    want = plain(params, state(frozen), heavy, KEY)[:2]
+    batch = {"asked": asked(PROMPTS), "weight": weight}
+    close(jax.jit(POLICY())(params, state(frozen), batch, KEY)[:2], want)
+    whole = jax.jit(sequence_kl(MODEL, teacher=TEACHER, share=0.0))
+    close(
+        whole(params, state(frozen), {**said, "weight": weight}, KEY)[:2],
+        whole(params, state(frozen), heavy, KEY)[:2],
+    )
 
 
 @pytest.mark.slow

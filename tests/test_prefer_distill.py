@@ -1,6 +1,7 @@
 """Objectives of pairs and of teachers, and the promise that none holds tokens times vocabulary."""
 
 import inspect
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import jax
@@ -171,6 +172,35 @@ def test_distilling_from_a_live_teacher_by_plain_arithmetic(divergence):
         got, mine = jax.value_and_grad(ours)(PARAMS, given)
         np.testing.assert_allclose(got, want, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine, grads)
+
+
+def test_a_row_s_weight_weighs_its_predictions_as_in_language():
+    theirs = TEACHER.init(jax.random.key(2))
+    row_weights = np.array([1.0, 0.0, 2.0, 0.5], np.float32)
+    table, held = rows().with_columns(weight=row_weights), state({"teacher": theirs})
+    batch = whole(table)
+    mask = batch["mask"][:, 1:] * row_weights[:, None]
+    sides = [decode(forward(m, p, batch))[:, :-1] for m, p in ((MODEL, PARAMS), (TEACHER, theirs))]
+    want = (forward_kl(*sides) * mask).sum()
+    live = jax.jit(distill(MODEL, forward_kl, teacher=TEACHER))
+    for given in (batch, whole(with_targets(table))):
+        total, weight, _ = live(PARAMS, held, given, KEY)
+        np.testing.assert_allclose((total, weight), (want, mask.sum()), rtol=1e-5)
+
+
+def test_vocabularies_with_other_padding_are_refused_unless_the_real_tokens_are_named():
+    config = Config(vocab=V, width=8, layers=1, heads=2, max_length=64)
+    one, other = (transformer(replace(config, vocab=n, pad_vocab=V)) for n in (V - 8, V - 4))
+    held = state({"teacher": jax.eval_shape(other.init, KEY)})
+
+    def asked(model, **how):
+        objective = distill(model, forward_kl, teacher=other, **how)
+        return jax.eval_shape(objective, jax.eval_shape(model.init, KEY), held, whole(rows()), KEY)
+
+    with pytest.raises(UserError, match="have 40 and 44 real tokens: pass vocab="):
+        asked(one)
+    asked(one, vocab=V - 8)
+    asked(transformer(config))
 
 
 def stored(table, k):

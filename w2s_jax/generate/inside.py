@@ -53,7 +53,8 @@ def respond(
         without a prompt gets no response.
       temperature, top_k, top_p, min_p: as in ``generate.sample.draw``; 0 is greedy.
       eos: ids that end a response; the one that did is part of it, and trained.
-      vocab: ids from here on are padding rows of the vocabulary and never drawn.
+      vocab: ids from here on are padding rows of the vocabulary and never drawn; neither are
+        those that ``model`` or ``other`` does not have.
       other: ``(model, params, share)``: every token is drawn from the mixture ``share p + (1 -
         share) q`` of that model's distribution p and this one's q (teacher-mixed sampling, MiniLLM,
         arXiv 2306.08543, section 2.2).
@@ -70,7 +71,8 @@ def respond(
     config, prompts = model.config, asked["tokens"]
     rows, width = prompts.shape
     _fits(width, tokens, config.max_length)
-    real = min(config.vocab, vocab or config.vocab)
+    known = [config.vocab] if other is None else [config.vocab, other[0].config.vocab]
+    real = min(*known, vocab or config.vocab)
     numbers = rule(temperature, top_k, top_p, min_p, real)
     voices = [_voice(model, params, asked, tokens, real)]
     if other is not None:

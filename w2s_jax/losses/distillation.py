@@ -163,7 +163,7 @@ def scaled(
     (q - p) / T, so that it keeps its size beside a loss at temperature 1. Not for
     ``total_variation``, which is bounded at every temperature.
     """
-    return temperature**2 * divergence(student, teacher, temperature=temperature, **options)
+    return _squared(temperature) * divergence(student, teacher, temperature=temperature, **options)
 
 
 def hinton(
@@ -204,7 +204,12 @@ def dkd(
     """
     sides = _tempered(student, teacher, temperature)
     value: Any = _divergence(_decoupled, *sides, (targets, alpha, beta))
-    return temperature**2 * value
+    return _squared(temperature) * value
+
+
+def _squared(temperature: Number) -> Number:
+    known = isinstance(temperature, (int, float))
+    return (temperature if known else jax.lax.stop_gradient(temperature)) ** 2
 
 
 def _tempered(student: Array, teacher: Array, temperature: Number) -> tuple[Array, Array]:

@@ -31,7 +31,8 @@ def distill(
 ) -> Objective:
     """A divergence from the teacher's next-token distributions, nats per weighted token.
 
-    The positions are those of ``language``. With ``teacher`` the distributions are made in the
+    The positions and their weights, ``weight`` [B] of rows among them, are those of ``language``.
+    With ``teacher`` the distributions are made in the
     step from ``state.frozen["teacher"]``, which reads the same columns as the student; without,
     the column ``teacher`` holds them (``losses.sparse.top_k`` reads it). Of several teachers
     (a sequence of models and one of weights) the divergence has a list of logits.
@@ -46,22 +47,35 @@ def distill(
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
         mine = predicted(model, params, batch)
-        theirs, real = heard(teacher, state, batch, mine)
+        theirs, real = heard(teacher, state, batch, mine, vocab)
+        weights = weighed(mine, batch)
         total, _ = token_divergence(
             (mine.hidden, mine.unembed),
             theirs,
-            mine.mask,
+            weights,
             at(divergence, state.progress),
             targets=mine.ids if targets else None,
-            vocab=vocab or real,
+            vocab=real,
         )
-        return total, mine.mask.sum(), Aux({}, state.memory)
+        return total, weights.sum(), Aux({}, state.memory)
 
     return objective
 
 
-def heard(teacher: Teachers, state: State, batch: Batch, mine: Predicted) -> tuple[Any, int | None]:
-    """What ``token_divergence`` takes as its teacher, and how many tokens are real."""
+def weighed(mine: Predicted, batch: Batch) -> Array:
+    """The loss weights [B,M] of predictions: their mask times the ``weight`` of their row."""
+    return mine.mask * batch["weight"][:, None] if "weight" in batch else mine.mask
+
+
+def heard(
+    teacher: Teachers, state: State, batch: Batch, mine: Predicted, vocab: int | None = None
+) -> tuple[Any, int | None]:
+    """What ``token_divergence`` takes as its teacher, and how many tokens are real: ``vocab``,
+    or what student and teachers say.
+
+    Raises:
+      UserError: neither a teacher nor the column; real tokens that differ, without ``vocab``.
+    """
     if teacher is None:
         if "teacher" not in batch:
             raise UserError(
@@ -70,14 +84,24 @@ def heard(teacher: Teachers, state: State, batch: Batch, mine: Predicted) -> tup
         stored = batch["teacher"]
         if "targets" not in batch:
             stored = jax.tree.map(lambda leaf: leaf[:, :-1], stored)
-        return stored, mine.vocab
+        return stored, vocab or mine.vocab
     frozen = jax.lax.stop_gradient(state.frozen["teacher"])
-    if isinstance(teacher, Model):
-        other = predicted(teacher, frozen, batch)
-        return (other.hidden, other.unembed), mine.vocab or other.vocab
-    said = [predicted(one, weights, batch) for one, weights in zip(teacher, frozen, strict=True)]
-    vocab = next((one.vocab for one in (mine, *said) if one.vocab), None)
-    return [(one.hidden, one.unembed) for one in said], vocab
+    single = isinstance(teacher, Model)
+    pairs = [(teacher, frozen)] if single else zip(teacher, frozen, strict=True)
+    said = [predicted(one, weights, batch) for one, weights in pairs]
+    real = vocab or _agreed([one.vocab for one in (mine, *said)])
+    theirs = [(one.hidden, one.unembed) for one in said]
+    return theirs[0] if single else theirs, real
+
+
+def _agreed(sizes: list[int | None]) -> int | None:
+    known = sorted({size for size in sizes if size})
+    if len(known) > 1:
+        raise UserError(
+            f"student and teacher have {' and '.join(map(str, known))} real tokens: pass vocab= "
+            "when these are one tokenizer's, else use sequence-level distillation"
+        )
+    return known[0] if known else None
 
 
 def distill_classes(

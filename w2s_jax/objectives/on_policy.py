@@ -22,7 +22,7 @@ from w2s_jax.losses.policy import importance
 from w2s_jax.losses.sequence import token_divergence, token_logps
 from w2s_jax.models.lora import Adapted
 from w2s_jax.objectives.base import language, predicted
-from w2s_jax.objectives.distillation import Divergence, distill, heard
+from w2s_jax.objectives.distillation import Divergence, distill, heard, weighed
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
 
 Told = tuple[Array, Array, Aux]
@@ -67,8 +67,9 @@ def on_policy(
     if isinstance(lam, int | float) and not 0 <= lam <= 1:
         raise UserError(f"on_policy: lam is a probability, got {lam}")
     given = distill(model, divergence, teacher=teacher, targets=targets, vocab=vocab)
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos, vocab=vocab)
-    answer = partial(answered, model, tokens=tokens, **how)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
+    real = _shared(model, teacher, vocab)
+    answer = partial(answered, model, tokens=tokens, vocab=real, **how)
 
     def own(params: Params, state: State, batch: Batch, key: Array) -> Told:
         said, looks = answer(params, batch, key)
@@ -130,12 +131,12 @@ def minillm(
 
     def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
         mixed = (teacher, state.frozen["teacher"], share) if share else None
-        drawn = dict(tokens=tokens, vocab=vocab, other=mixed)
+        drawn = dict(tokens=tokens, vocab=_shared(model, teacher, vocab), other=mixed)
         said, looks = answered(model, params, batch, key, eos=eos, **drawn)
         total, weight, aux = update(params, state, said, key)
         if corpus:
             read, of, _ = text(params, state, batch, key)
-            total = total + corpus * read * weight / jnp.maximum(of, 1.0)
+            total = total + corpus * read * weight / jnp.where(of > 0, of, 1.0)
         return total, weight, Aux({**aux.metrics, **looks}, aux.memory)
 
     return objective
@@ -171,8 +172,9 @@ def sequence_kl(
 
     def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
         mine = predicted(model, params, batch)
-        theirs, real = heard(teacher, state, batch, mine)
-        look = partial(token_logps, targets=mine.ids, mask=mine.mask, vocab=vocab or real)
+        theirs, real = heard(teacher, state, batch, mine, vocab)
+        weights = weighed(mine, batch)
+        look = partial(token_logps, targets=mine.ids, mask=mine.mask, vocab=real)
         q = jax.lax.stop_gradient(look(mine.hidden, mine.unembed))
         p = look(*theirs)
         if share is None:
@@ -186,16 +188,13 @@ def sequence_kl(
             "weight": jnp.exp(q - old),
         }
         student = (mine.hidden, mine.unembed)
-        total, _ = token_divergence(
-            student, theirs, mine.mask, terms, targets=sampled, vocab=vocab or real
-        )
-        weight = mine.mask.sum()
+        total, _ = token_divergence(student, theirs, weights, terms, targets=sampled, vocab=real)
         rows = (mine.mask.sum(-1) > 0).sum(dtype=jnp.float32)
         looks = {
             "sequence_kl": ((q - p).sum(), rows),
-            "ratio": ((sampled["weight"] * mine.mask).sum(), weight),
+            "ratio": ((sampled["weight"] * mine.mask).sum(), mine.mask.sum()),
         }
-        return total, weight, Aux(looks, state.memory)
+        return total, weights.sum(), Aux(looks, state.memory)
 
     return objective
 
@@ -214,11 +213,17 @@ def answered(
             f"{sorted(batch)}"
         )
     said = respond(model, params, batch["asked"], key, eos=eos, **how)
+    said |= {name: batch[name] for name in ("weight",) if name in batch}
     mask, ids = said["targets"]["mask"], said["targets"]["ids"]
     rows = (mask.sum(-1) > 0).sum(dtype=jnp.float32)
     ends = jnp.atleast_1d(jnp.asarray(eos, jnp.int32))
     ended = ((ids[..., None] == ends[None, None]).any(-1) & (mask > 0)).any(-1)
     return said, {"length": (mask.sum(), rows), "ended": (ended.sum(dtype=jnp.float32), rows)}
+
+
+def _shared(model: Model, teacher: Model, vocab: int | None) -> int:
+    """The tokens that may be drawn: those that the teacher has as well."""
+    return vocab or min(model.config.vocab, teacher.config.vocab)
 
 
 def _one(value: float) -> tuple[Array, Array]:
