@@ -35,7 +35,7 @@ from w2s_jax import figures as draw
 from w2s_jax.cli import main
 from w2s_jax.errors import UserError
 from w2s_jax.generate.steer import Search, golden, grid
-from w2s_jax.metrics.statistics import claim, interval
+from w2s_jax.metrics.statistics import Interval, claim, interval
 from w2s_jax.models.shapes import shape
 from w2s_jax.pipelines import dynamic_logit_fusion as blocks
 from w2s_jax.pipelines.dynamic_logit_fusion import DYNAMIC, World
@@ -319,15 +319,22 @@ def _headlines(rows: list[Row]) -> Iterator[dict[str, Any]]:
         yield claim(
             f"{words}: over .7 of the ceiling's score",
             "ratio of accuracies averaged over tasks, t interval over seeds",
-            interval(fused / np.maximum(ceiling, 1e-9)),
+            _ratio(fused, ceiling),
             above=0.7,
         )
         yield claim(
             f"{words}: over half of the gap recovered",
             "(dynamic - large) / (ceiling - large) of mean accuracies, t interval over seeds",
-            interval((fused - large) / np.maximum(ceiling - large, 1e-9)),
+            _ratio(fused - large, ceiling - large),
             above=0.5,
         )
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> Interval:
+    """Of [S] numbers, over seeds; nothing is said where there is no whole in one of them."""
+    if (whole <= 0).any():
+        return Interval(np.nan, np.nan, np.nan, 0.95, len(whole))
+    return interval(part / whole)
 
 
 # Figures, summary, plan --------------------------------------------------------------------------

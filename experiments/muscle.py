@@ -44,13 +44,16 @@ from w2s_jax.types import Row, Table
 
 MASKS = (masks.student_wrong, masks.old_right, masks.always_old, masks.less_likely)
 # arm: number of its mask, and whether cross-entropy is added (Table 7 of the paper)
-ARMS = {
+Arms = dict[str, tuple[int, bool]]
+ARMS: Arms = {
     "student wrong": (0, False),
     "student wrong + CE": (0, True),
     "old right": (1, False),
     "always old": (2, False),
     "less likely + CE": (3, True),
 }
+# Block tokens alone: a class is a sequence of one, of which it would be "less likely + CE"
+SEQUENCES: Arms = {"sequences less likely + CE": (len(MASKS), True)}
 HELD, TASK = 81_000_000, 82_000_000  # seeds of problems that never meet
 NETS = Tune(batch=32, epochs=40, optimizer="adam", schedule="cosine", clip=0.0)
 LORA = Tune(batch=32, epochs=3, optimizer="adam", schedule="cosine", warmup=0.1)
@@ -172,19 +175,19 @@ def _check(cfg: Config) -> None:
         raise UserError("--train, --dev, --test and their --token counterparts must be above 0")
 
 
-def settings(cfg: Config, lr: float) -> list[dict[str, float]]:
+def settings(cfg: Config, lr: float, arms: Arms = ARMS) -> list[dict[str, float]]:
     """Every training that starts from the new version: arms with their lambdas, and plain."""
     found = [{"lr": lr, "mask": 0, "weight": 0.0}]
-    for mask, mixed in ARMS.values():
+    for mask, mixed in arms.values():
         found += [{"lr": lr, "mask": mask, "weight": w} for w in (cfg.lambdas if mixed else (1.0,))]
     return found
 
 
-def picked(learned: list[Learned], bench: Bench) -> dict[str, Learned]:
+def picked(learned: list[Learned], bench: Bench, arms: Arms = ARMS) -> dict[str, Learned]:
     """Per arm its training; where there are several lambdas, the best on dev."""
     plain = next(one for one in learned if one.setting["weight"] == 0)
     found = {PLAIN: plain}
-    for arm, (mask, mixed) in ARMS.items():
+    for arm, (mask, mixed) in arms.items():
         mine = [
             one
             for one in learned
@@ -194,13 +197,15 @@ def picked(learned: list[Learned], bench: Bench) -> dict[str, Learned]:
     return found
 
 
-def _starts(cfg: Config, bench: Bench, old: Learned, new: Learned) -> dict[str, Learned]:
+def _starts(
+    cfg: Config, bench: Bench, old: Learned, new: Learned, arms: Arms
+) -> dict[str, Learned]:
     """The new version and all that starts from it, one per arm."""
-    todo = settings(cfg, new.setting["lr"])
+    todo = settings(cfg, new.setting["lr"], arms)
     made = muscle.compatible(
         bench, old.version, new.version, MASKS, todo, temperature=cfg.temperature
     )
-    return {NEW: new, **picked(made, bench)}
+    return {NEW: new, **picked(made, bench, arms)}
 
 
 # Block classes
@@ -220,7 +225,7 @@ def _classes(cfg: Config, ctx: Context) -> list[Row]:
     for case, hidden in zip(CASES, (cfg.hidden, cfg.narrow), strict=True):
         ctx.say(f"  case {case}")
         old = version(f"old, case {case}", hidden, 0)
-        rows += _class_rows(case, bench, truth, old, _starts(cfg, bench, old, new))
+        rows += _class_rows(case, bench, truth, old, _starts(cfg, bench, old, new, ARMS))
     return rows
 
 
@@ -297,7 +302,8 @@ def _tokens(cfg: Config, ctx: Context) -> list[Row]:
     for case, name in zip(CASES, cfg.olds, strict=False):
         ctx.say(f"  case {case}: {name} -> {cfg.new}")
         old = muscle.tasked(bench, fresh(name, 0), cfg.token_lrs)
-        rows += _token_rows(cfg, case, bench, test, old, _starts(cfg, bench, old, new))
+        made = _starts(cfg, bench, old, new, ARMS | SEQUENCES)
+        rows += _token_rows(cfg, case, bench, test, old, made)
     return rows
 
 

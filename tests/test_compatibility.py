@@ -17,6 +17,8 @@ from w2s_jax.models.heads import linear
 from w2s_jax.models.lora import lora
 from w2s_jax.models.transformer import Config, decode, transformer
 from w2s_jax.objectives import distill, distill_classes, on_base
+from w2s_jax.pipelines import muscle
+from w2s_jax.train.population import one_of
 from w2s_jax.types import State, forward
 
 KEY = jax.random.key(0)
@@ -134,6 +136,54 @@ def test_tokens_under_two_live_teachers_by_plain_arithmetic_and_without_tokens_t
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5), pull, slope)
     closed = jax.make_jaxpr(call)(mine["lora"])
     assert largest(closed.jaxpr) <= 12 * V
+
+
+def test_whole_sequences_by_hand() -> None:
+    student = -np.array([[1.0, 3.0, 0.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0, 0.0]], np.float32)
+    old = -np.array([[2.0, 1.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0, 0.0]], np.float32)
+    sequence = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]])  # sums -4 < -3; -3 > -4; a tie
+    got = masks.sequences_less_likely(student, old, sequence)
+    np.testing.assert_array_equal(got, [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+
+
+def test_the_mask_of_whole_sequences_among_those_of_tokens(monkeypatch):
+    old, new, mine = shaken(BEFORE, 1), shaken(MODEL, 2), shaken(MODEL, 3)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(1, V, (4, 16)), jnp.int32)
+    segment = jnp.asarray(np.repeat([[1] * 9 + [2] * 6 + [0]], 4, axis=0), jnp.int32)
+    mask = (segment > 0).astype(jnp.float32).at[:, 9].set(0)
+    batch = {"tokens": tokens, "segment": segment, "mask": mask}
+    frozen = {"base": mine["base"], "teacher": [old, new]}
+    now = State(jnp.int32(0), jnp.int32(10), mine["lora"], (), frozen)
+    how = dict(weight=0.7)
+    losses = [partial(compatibility, mask=each, **how) for each in ALL]
+
+    def both(params, index):
+        whole = {**mine, "lora": params}
+        one = muscle.masked(MODEL, BEFORE, losses, index, how)
+        choice = one_of(losses, index)
+        tokenwise = distill(MODEL, choice, teacher=[BEFORE, MODEL], targets=True)
+        return one(whole, now, batch, KEY)[0], tokenwise(whole, now, batch, KEY)[0]
+
+    def plain(params):
+        pairs = ((MODEL, {**mine, "lora": params}), (BEFORE, old), (MODEL, new))
+        said, before, after = (decode(forward(m, p, batch))[:, :-1] for m, p in pairs)
+        ids, kept = tokens[:, 1:], mask[:, 1:]
+        gap = kept * (masks._logp(said, ids) - masks._logp(before, ids))
+        less = [gap[:, part].sum(1, keepdims=True) < 0 for part in (slice(0, 8), slice(8, 15))]
+        drawn = jnp.concatenate([jnp.repeat(less[0], 8, 1), jnp.repeat(less[1], 7, 1)], 1)
+        teachers = [jax.lax.stop_gradient(each) for each in (before, after)]
+        values = compatibility(said, teachers, ids, mask=lambda *_: drawn, **how)
+        return (values * kept).sum(), drawn
+
+    (want, drawn), slope = jax.jit(jax.value_and_grad(plain, has_aux=True))(mine["lora"])
+    assert 0 < drawn.mean() < 1, "the case tests nothing"
+    monkeypatch.setattr(sequence, "LIMIT", {"cpu": 4 * 12 * 3 * V, "accelerator": 1})
+    call = jax.jit(jax.value_and_grad(lambda p, i: both(p, i)[0]))
+    got, pull = call(mine["lora"], len(ALL))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5), pull, slope)
+    ours, theirs = jax.jit(both)(mine["lora"], 0)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def largest(jaxpr) -> int:

@@ -138,6 +138,16 @@ def test_claims_fail_when_the_story_does(changes, names) -> None:
         assert any(part in name and not holds for name, holds in told.items()), part
 
 
+@pytest.mark.parametrize("ceiling", [0.0, 0.3, 0.2])
+def test_nothing_is_said_of_a_gap_that_is_not_there(ceiling) -> None:
+    claims = experiment.claims(made(scores={"ceiling": ceiling, "large": 0.3}))
+    told = [claim for claim in claims if "of the gap recovered" in claim["name"]]
+    told += [c for c in claims if "of the ceiling's score" in c["name"]] if not ceiling else []
+    assert len(told) == (2 if ceiling else 4)
+    for claim in told:
+        assert claim["value"] is None and not claim["holds"]
+
+
 def test_figures_and_summary(tmp_path) -> None:
     rows = made()
     names = [path.stem for path in experiment.figures(rows, tmp_path)]

@@ -89,6 +89,24 @@ def test_dev_chooses_per_arm_and_never_the_test():
     assert asked == [(one.setting["mask"], one.setting["weight"]) for one in ones]
 
 
+def test_sequences_are_an_arm_of_words_alone():
+    arms = experiment.ARMS | experiment.SEQUENCES
+    cfg = experiment.Config(lambdas=(0.25, 0.75))
+    todo = experiment.settings(cfg, 0.1, arms)
+    assert todo[-2:] == [dict(lr=0.1, mask=len(experiment.MASKS), weight=w) for w in (0.25, 0.75)]
+    low, high = [[0.1] * 60] * 2, [[0.2] * 60] * 2
+    ones = [learned(low if one["weight"] == 0.75 else high, **one) for one in todo]
+    best = experiment.picked(ones, bench(), arms)["sequences less likely + CE"].setting
+    assert best == dict(lr=0.1, mask=4, weight=0.75)
+
+
+def test_final_numbers_are_told_apart_whatever_their_size():
+    texts = ["1 #### 1234567", "1 #### 1234568", "1 #### 1,234,567", "2 #### 20", "none"]
+    answers = muscle.finals(arithmetic.verify("1 #### 20", text) for text in texts)
+    assert answers[0] == answers[2] != answers[1] and answers[4] == ""
+    assert answers[3] == muscle.finals([arithmetic.verify("1 #### 20.0", "#### 20.0")])[0]
+
+
 def test_problems_of_dev_test_and_training_never_meet_and_the_mask_counts_the_prompt():
     cfg = experiment.Config(token_dev=20, token_test=30, problems=40, token_seeds=2, steps=(1,))
     held, drawn = experiment.problems(cfg)

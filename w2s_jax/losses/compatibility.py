@@ -40,6 +40,25 @@ def less_likely(student: Array, old: Array, targets: Array) -> Array:
     return _logp(student, targets) < _logp(old, targets)
 
 
+def sequences_less_likely(student: Array, old: Array, sequence: Array) -> Array:
+    """Where the student gives the right tokens of a whole sequence less than the old version does,
+    [B,T] bool, the same for all tokens of a sequence (ablation: the likelihood of sequences; the
+    paper adds cross-entropy to it).
+
+    It needs whole rows, hence it is made before ``compatibility`` sees any part of them.
+
+    Args:
+      student: [B,T] log-probabilities of the right tokens, 0 where none counts.
+      old: likewise.
+      sequence: [B,T] numbers in 0..T, which of a row's sequences a token belongs to.
+    """
+
+    def summed(gap: Array, of: Array) -> Array:
+        return jax.ops.segment_sum(gap, of, num_segments=len(of) + 1)[of]
+
+    return jax.lax.stop_gradient(jax.vmap(summed)(student - old, sequence)) < 0
+
+
 def compatibility(
     student: Array,
     teachers: Sequence[Array],

@@ -23,7 +23,8 @@ from w2s_jax.data.text import encode
 from w2s_jax.errors import UserError
 from w2s_jax.generate.sample import complete
 from w2s_jax.losses.classification import soft_xent
-from w2s_jax.losses.compatibility import Mask, compatibility
+from w2s_jax.losses.compatibility import Mask, compatibility, sequences_less_likely
+from w2s_jax.losses.sequence import token_divergence, token_logps
 from w2s_jax.mesh import is_axes
 from w2s_jax.models import hf
 from w2s_jax.models.config import Config, flops_per_token
@@ -31,11 +32,13 @@ from w2s_jax.models.lora import Adapted, adapters, lora, shapes
 from w2s_jax.models.transformer import shapes as decoder_shapes
 from w2s_jax.models.transformer import transformer
 from w2s_jax.objectives import classify, distill, distill_classes, language, on_base
+from w2s_jax.objectives.base import predicted
+from w2s_jax.objectives.distillation import heard
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.plan import Draft, Options, Recipe
 from w2s_jax.train.population import one_of, population
-from w2s_jax.types import Array, Batch, Model, Objective, Params, State, Table, Tree, forward
+from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, Table, Tree, forward
 
 ROWS = 50  # held-out rows that are looked at together
 
@@ -125,8 +128,9 @@ def compatible(
     """Versions that start as ``new`` and are distilled from both, one per setting.
 
     Args:
-      settings: ``lr``, ``mask`` (a number among ``masks``) and ``weight`` (lambda: 0 is plain
-        fine-tuning, 1 the distillation alone) of each.
+      settings: ``lr``, ``mask`` (a number among ``masks``; of decoders one more than they are is
+        ``sequences_less_likely``) and ``weight`` (lambda: 0 is plain fine-tuning, 1 the
+        distillation alone) of each.
 
     Raises:
       UserError: versions of different vocabularies or numbers of runs; a run that became NaN.
@@ -229,9 +233,42 @@ def _compatible(
     def objective(row: Mapping[str, Array]) -> Objective:
         how = dict(weight=row["weight"], temperature=temperature)
         losses = [partial(compatibility, mask=mask, **how) for mask in masks]
-        make = distill if adapted else distill_classes
-        one = make(new, one_of(losses, row["mask"]), teacher=[old, new], targets=True)
-        return own_teachers(on_base(one) if adapted else one, row["run"], adapted)
+        if adapted:
+            one = on_base(masked(new, old, losses, row["mask"], how))
+        else:
+            choice = one_of(losses, row["mask"])
+            one = distill_classes(new, choice, teacher=[old, new], targets=True)
+        return own_teachers(one, row["run"], adapted)
+
+    return objective
+
+
+def masked(
+    new: Model,
+    old: Model,
+    losses: Sequence[Callable[..., Array]],
+    index: Array,
+    how: Mapping[str, Any],
+) -> Objective:
+    """``distill(new, one_of(losses, index), teacher=[old, new], targets=True)``, where the number
+    after the last loss is ``compatibility(**how)`` by whole sequences (``segment`` of a row)."""
+
+    def objective(params: Params, state: State, batch: Batch, key: Array):
+        mine = predicted(new, params, batch)
+        theirs, vocab = heard([old, new], state, batch, mine)
+        pairs = ((mine.hidden, mine.unembed), theirs[0])
+        told = [token_logps(*pair, mine.ids, mine.mask, vocab=vocab) for pair in pairs]
+        whole = sequences_less_likely(*told, batch["segment"][:, 1:])
+
+        def divergence(student: Array, teachers: Sequence[Array], columns: Tree) -> Array:
+            ids, drawn = columns
+            last = partial(compatibility, mask=lambda *_: drawn, **how)
+            return jax.lax.switch(index, [*losses, last], student, teachers, ids)
+
+        total, _ = token_divergence(
+            *(pairs[0], theirs, mine.mask, divergence), targets=(mine.ids, whole), vocab=vocab
+        )
+        return total, mine.mask.sum(), Aux({}, state.memory)
 
     return objective
 
@@ -303,8 +340,8 @@ def answered(version: Version, i: int, problems: Table, tokens: int) -> dict[str
 
 
 def finals(verdicts: Iterable[Verdict]) -> np.ndarray:
-    """The final numbers [N] as text, "" where there is none."""
-    return np.array(["" if v.final is None else f"{v.final:g}" for v in verdicts])
+    """The final numbers [N] as text, one text per number, "" where there is none."""
+    return np.array(["" if v.final is None else str(v.final) for v in verdicts])
 
 
 def draft(config: Config, tune: Tune, *, length: int, rank: int, flags: Mapping[str, str]) -> Draft:
