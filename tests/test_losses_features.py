@@ -145,6 +145,16 @@ def test_invariances():
     np.testing.assert_allclose(say(mixed, other), say(maps, other), rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [f.relational_distance, f.relational_angle, f.alignment])
+def test_features_of_any_size_have_relations(loss):
+    """Powers of a language model's largest features, or of nearly dead ones, leave float32."""
+    x, y = wave(5, 4), wave(5, 6, phase=1.0)
+    sizes = np.float32([1.0, 1e-13, 1e10]).reshape(3, 1, 1)
+    values, grads = jax.vmap(learned(loss))(sizes * x, np.stack([y] * 3))
+    np.testing.assert_allclose(values, values[:1].repeat(3), rtol=1e-4)
+    np.testing.assert_allclose(sizes * grads, grads[:1].repeat(3, 0), rtol=1e-3, atol=1e-6)
+
+
 def test_distances_by_hand():
     line, other = jnp.array([[0.0], [1.0], [3.0]]), jnp.array([[0.0], [2.0], [2.0]])
     # mean distances: (1 + 2 + 3) / 3 = 2, and (2 + 2) / 2 = 2, for two of other's points coincide
@@ -195,6 +205,10 @@ def test_attention_probabilities():
     want = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
     np.testing.assert_allclose(f.attention_kl(student, teacher), [[0.0, want]], rtol=1e-6)
     np.testing.assert_allclose(f.attention_squared(student, teacher), [[0.0, 0.0625]], rtol=1e-6)
+    for loss in (f.attention_kl, f.attention_squared):  # padding is seen by itself alone
+        pads = jnp.pad(jnp.eye(2), ((2, 0), (2, 0)))[None, None]
+        padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 2), (0, 2))) + pads for x in (student, teacher)]
+        np.testing.assert_allclose(loss(*padded)[:, :2], loss(student, teacher), rtol=1e-6)
     two = jnp.concatenate(
         [student, 2 * teacher - student], axis=1
     )  # its heads' mean is the teacher

@@ -49,10 +49,13 @@ def attention_transfer(student: Array, teacher: Array) -> Array:
 
 
 def attention_squared(student: Array, teacher: Array) -> Array:
-    """Mean squared difference of attention probabilities [B,H,T,T] -> [B,T] (Jiao et al. 2020,
-    TinyBERT), over keys and heads; heads are averaged first where their numbers differ."""
+    """Mean squared difference of attention probabilities [B,H,T,T] -> [B,T], over heads and the
+    keys that a token sees, so that padding changes nothing; heads are averaged first where their
+    numbers differ. TinyBERT's loss (Jiao et al. 2020), which fits the scores before their softmax.
+    """
     student, teacher = _heads(student, teacher)
-    return jnp.mean((student - teacher) ** 2, axis=(1, 3))
+    keys = ((student > 0) | (teacher > 0)).any(1).sum(-1)
+    return jnp.mean((student - teacher) ** 2, axis=1).sum(-1) / jnp.maximum(keys, 1)
 
 
 def attention_kl(student: Array, teacher: Array) -> Array:
@@ -107,9 +110,8 @@ def alignment(student: Array, teacher: Array) -> Array:
     Invariant to orthogonal maps, translation and scale; 1 where all examples coincide.
     """
     student, teacher = _vectors(student, teacher, "alignment")
-    a, b = (_gram(x - x.mean(0, keepdims=True)) for x in (student, teacher))
-    norms = jnp.sqrt(jnp.maximum((a * a).sum() * (b * b).sum(), 1e-30))
-    return 1.0 - (a * b).sum() / norms
+    a, b = (unit(_gram(_centred(x)).ravel()) for x in (student, teacher))
+    return 1.0 - (a * b).sum()
 
 
 def variational(mean: Array, teacher: Array, scale: Array) -> Array:
@@ -259,10 +261,18 @@ def _gram(x: Array) -> Array:
     return _product(x, x)
 
 
+def _centred(x: Array) -> Array:
+    """Examples [B,D] about their mean, in units of a power of 2 that makes them about 1 (which
+    rounds nothing): for what is of no scale, and whose powers would leave float32."""
+    x = x - x.mean(0, keepdims=True)
+    exponent = jnp.frexp(jax.lax.stop_gradient(abs(x).max()))[1]
+    return x * jnp.ldexp(jnp.float32(1.0), -jnp.clip(exponent, -120, 120))
+
+
 def _squares(x: Array) -> tuple[Array, Array]:
     """Products of centred examples [B,B] (centring keeps distances, and float32 from cancelling)
-    and squared distances [B,B], 0 where they are no more than rounding."""
-    gram = _gram(x - x.mean(0, keepdims=True))
+    and squared distances [B,B], 0 where they are no more than rounding; of no scale."""
+    gram = _gram(_centred(x))
     norms = jnp.diagonal(gram)
     both = norms[:, None] + norms[None, :]
     squares = both - 2.0 * gram
