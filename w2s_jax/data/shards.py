@@ -7,10 +7,11 @@ loses the shard it was making.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ class Shards:
     """A folder of shards; shard ``i`` holds what was made of rows ``[i * size, (i + 1) * size)``.
 
     ``about`` is what the content depends on, ``fields`` the arrays of a record, ``done`` maps the
-    number of a finished shard to its ``records``, ``bytes`` and ``sha256``. A row may have any
-    number of records. ``storage`` is "npy", read through memory maps, or "array_record" (the
-    ArrayRecord format, one entry per row, compressed).
+    number of a finished shard to its ``records``, ``bytes`` and ``sha256``; ``forgotten`` were
+    damaged. A row may have any number of records. ``storage`` is "npy", read through memory maps,
+    or "array_record" (the ArrayRecord format, one entry per row, compressed).
 
     Raises:
       UserError: another storage.
@@ -53,6 +54,7 @@ class Shards:
     fields: tuple[Field, ...] = ()
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     storage: str = "npy"
+    forgotten: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.storage not in ("npy", "array_record"):
@@ -71,9 +73,11 @@ class Shards:
             if index["format"] != FORMAT:
                 raise ValueError(f"format {index['format']}, not {FORMAT}")
             fields = tuple(Field(n, d, tuple(s)) for n, d, s in index["fields"])
-            done = {int(number): entry for number, entry in index["shards"].items()}
+            done = {int(number): dict(entry) for number, entry in index["shards"].items()}
             rows, size, about = (index[name] for name in ("rows", "size", "about"))
-            return cls(folder, rows, size, about, fields, done, index["storage"])
+            held = cls(folder, rows, size, dict(about), fields, done, index["storage"])
+            held._sound()
+            return held
         except FileNotFoundError:
             raise UserError(f"{folder} holds no shards: there is no {INDEX}") from None
         except OSError as error:
@@ -81,7 +85,7 @@ class Shards:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); delete {folder} and write it again"
-            ) from (None)
+            ) from None
 
     @classmethod
     def begin(
@@ -105,6 +109,47 @@ class Shards:
                     "give another folder"
                 )
         return held
+
+    def _sound(self) -> None:
+        """Raises ValueError, TypeError or KeyError where the numbers of an index cannot be."""
+        for name, value, least in (("rows", self.rows, 0), ("size", self.size, 1)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} {value!r}")
+        for number, entry in self.done.items():
+            if not 0 <= number < self.count:
+                raise ValueError(f"shard {number} of {self.count}")
+            for name in ("records", "bytes"):
+                if type(entry[name]) is not int or entry[name] < 0:
+                    raise ValueError(f"shard {number} with {name} {entry[name]!r}")
+            if not isinstance(entry["sha256"], str):
+                raise ValueError(f"shard {number} without a hash")
+        if self.done and not self.fields:
+            raise ValueError("no fields")
+        if self.dtype.itemsize >= 2**31 or any(n < 0 for f in self.fields for n in f.shape):
+            raise ValueError("fields of no such shape")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else is in here at the same time (by a lock on the folder, which the system lets
+        go of with its holder; file systems that have none are trusted).
+
+        Raises:
+          UserError: somebody is, or was since this was read; the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from None
+        try:
+            if not _locked(handle):
+                raise UserError(f"another process writes {self.folder}: wait until it has ended")
+            there = (self.folder / INDEX).exists()
+            if there and not set(Shards.read(self.folder).done) <= {*self.done, *self.forgotten}:
+                raise UserError(f"another process has just written {self.folder}: run this again")
+            yield
+        finally:
+            os.close(handle)
 
     @property
     def count(self) -> int:
@@ -169,7 +214,9 @@ class Shards:
             self.done[number] = entry | notes
             workdir.write(self.folder / INDEX, json.dumps(self._index(), indent=1))
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+            # numpy says how much it wrote instead of why it stopped
+            reason = error.strerror or f"{error} (is the disk full?)"
+            raise UserError(f"cannot write {path}: {reason}") from None
 
     def get(self, number: int, counts: np.ndarray | None = None, *, verify: bool = False) -> Any:
         """The records of a shard, read where they are sliced; ``verify`` compares the hash first.
@@ -189,9 +236,11 @@ class Shards:
             if self.storage == "array_record":
                 counts = np.ones(entry["records"], int) if counts is None else counts
                 return Packets(path, self.dtype, counts)
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
+            records: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+            if records.offset + records.nbytes != size:
+                raise ValueError("its header is of another length")
+        except Exception as error:  # a header that numpy cannot parse raises one of many kinds
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise UserError(f"shard {path} is damaged: {reason}") from None
         if records.dtype != self.dtype or records.shape != (entry["records"],):
             raise UserError(f"shard {path} is damaged: it holds {records.dtype} {records.shape}")
@@ -209,6 +258,7 @@ class Shards:
             except UserError as error:
                 say(f"{error}; making it again")
                 del self.done[number]
+                self.forgotten.add(number)
 
     def finished(self) -> Shards:
         """Itself, if no shard is missing.
@@ -283,9 +333,27 @@ def _write_packets(path: Path, records: np.ndarray, counts: np.ndarray) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1")
-    for part in np.split(records, np.cumsum(counts)[:-1]):
-        writer.write(part.tobytes())
-    writer.close()
+    try:
+        for part in np.split(records, np.cumsum(counts)[:-1]):
+            writer.write(part.tobytes())
+        writer.close()
+    except RuntimeError as error:  # a full disk, among others
+        raise OSError(str(error).split(";")[0]) from None
+
+
+def _locked(handle: int) -> bool:
+    """Whether the lock is ours, or there are none here."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _hash(path: Path) -> str:

@@ -7,10 +7,12 @@ so a column is memory-mapped and a batch costs what its own records cost.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from w2s_jax.types import Table
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHARD = 2**27  # bytes of a shard, about
+OPEN = 128  # shards that are mapped at once: each takes a file descriptor
+ROUND = 1e-2  # what rounding may add to a log-probability or a mass
 # (first row, which entries are trained predictions [n,W], arrays [n,W,...])
 Piece = tuple[int, np.ndarray, Mapping[str, np.ndarray]]
 
@@ -72,6 +76,8 @@ def counts(table: Table, block: int = 4096) -> np.ndarray:
     narrow = Table({name: table[name] for name in ("targets", "mask") if name in table})
     if not narrow.columns:
         raise UserError("a teacher needs a column 'targets' or 'mask': what is to be predicted?")
+    if not len(table):
+        raise UserError("a teacher has nothing to say: the table has no rows")
     starts = range(0, len(table), block)
     blocks = [np.arange(at, min(at + block, len(table))) for at in starts]
     found = [predicted(narrow.batch(rows)).sum(1) for rows in blocks]
@@ -87,6 +93,7 @@ def write(
     shard: int | None = None,
     storage: str = "npy",
     keep: bool = True,
+    verify: bool = False,
     say: Callable[[str], None] = print,
 ) -> Shards:
     """Store what ``make`` gives for the rows that are not there yet.
@@ -98,26 +105,32 @@ def write(
       shard: rows per shard; None makes shards of about 128 MB.
       storage: "npy" or "array_record" (see ``data.shards``); what is begun goes on as it was.
       keep: whether this process writes; of several that run the teacher together, one does.
+      verify: compare the hashes of what is there, and make what was damaged again (otherwise only
+        what is missing or of another size).
       say: takes one line about each damaged shard, and one when all is written.
 
     Raises:
-      UserError: the folder holds another teacher, k or type; it cannot be written.
+      UserError: the folder holds another teacher, k or type; it cannot be written; another process
+        writes it; the table has no rows or predicts nothing; the teacher says what none can.
     """
     held = counts(table)
+    if not held.sum():
+        raise UserError(f"a table of {len(held)} rows predicts nothing: its masks are all 0")
     record = about.k * (_width(about.vocab) + np.dtype("V2").itemsize) + 4
     size = shard or max(1, int(SHARD / record / max(held.mean(), 1)))
     key = identity(table)
     content = {**asdict(about), "table": key}
     shards = Shards.begin(Path(folder) / key, len(table), size, content, storage)
-    shards.drop_damaged(False, say)
+    shards.drop_damaged(verify, say)
     fresh = shards.missing()
-    pieces = iter(make([shards.span(number) for number in fresh]) if fresh else ())
-    for number in fresh:
-        begin, end = shards.span(number)
-        arrays = _packed(pieces, (begin, end), held, about)
-        if keep:
-            largest = int(arrays["ids"].max(initial=0))
-            shards.put(number, arrays, held[begin:end], largest=largest)
+    with shards.alone() if keep and fresh else contextlib.nullcontext():
+        pieces = iter(make([shards.span(number) for number in fresh]) if fresh else ())
+        for number in fresh:
+            begin, end = shards.span(number)
+            arrays = _packed(pieces, (begin, end), held, about)
+            if keep:
+                largest = int(arrays["ids"].max(initial=0))
+                shards.put(number, arrays, held[begin:end], largest=largest)
     if not keep:
         return shards
     share = shards.bytes / max(shards.records, 1)
@@ -146,17 +159,34 @@ def _packed(
         parts.append({name: array[kept] for name, array in arrays.items()})
         at += len(kept)
     whole = joined(parts)
-    logits = np.asarray(whole["logits"], np.float32)
-    if not np.isfinite(logits).all():
-        raise UserError(
-            f"the teacher gives log-probabilities that are not finite in rows {span[0]} to {end}"
-        )
+    logits, tail = (np.asarray(whole[name], np.float32) for name in ("logits", "tail"))
+    if fault := _impossible(whole["ids"], logits, tail, about.vocab):
+        raise UserError(f"the teacher {fault} in rows {span[0]} to {end}")
+    # a forbidden token may be below all that 16 bits can say; its probability is 0 either way
+    logits = np.maximum(logits, _lowest(about.dtype))
     ids = whole["ids"].astype(f"uint{8 * _width(about.vocab)}")
-    return {
-        "ids": ids,
-        "logits": logits.astype(_float(about.dtype)),
-        "tail": whole["tail"].astype(np.float32),
-    }
+    return {"ids": ids, "logits": logits.astype(_float(about.dtype)), "tail": tail}
+
+
+def _impossible(ids: np.ndarray, logits: np.ndarray, tail: np.ndarray, vocab: int) -> str:
+    """What of these no teacher can say, "" if nothing."""
+    if not (np.isfinite(logits).all() and np.isfinite(tail).all()):
+        return "gives log-probabilities that are not finite"
+    if logits.max(initial=-1.0) > ROUND:
+        return "gives log-probabilities above 0"
+    if tail.min(initial=0.0) < -ROUND or tail.max(initial=0.0) > 1 + ROUND:
+        return "gives a remaining mass outside 0 to 1"
+    for worst in (ids.min(initial=0), ids.max(initial=0)):
+        if not 0 <= worst < vocab:
+            return f"of {vocab} tokens names token {worst}"
+    return ""
+
+
+def _lowest(dtype: str) -> np.float32:
+    """The least number of a type, in float32."""
+    import ml_dtypes  # a dependency of jax
+
+    return np.float32(ml_dtypes.finfo(_float(dtype)).min)
 
 
 def _float(name: str) -> Any:
@@ -187,12 +217,11 @@ def read(
     """
     folder, key = Path(folder), identity(table)
     shards = _find(folder, key, len(table))
-    about = About(**{k: v for k, v in shards.about.items() if k != "table"})
+    about, held = _about(shards, key, len(table)), counts(table)
     _fits(shards.folder, about, vocab, tokenizer)
     shards.finished()
-    held = counts(table)
-    cuts = [held[slice(*shards.span(number))] for number in range(shards.count)]
-    maps = [shards.get(number, cut, verify=verify) for number, cut in enumerate(cuts)]
+    maps = Maps(shards, held)
+    maps.check(verify)
     if vocab is not None and vocab < about.vocab:
         worst = max(entry["largest"] for entry in shards.done.values())
         if worst >= vocab:
@@ -200,6 +229,58 @@ def read(
     rows = Rows(table, held, shards, maps, about)
     name = f"{about}-{key}"
     return table.with_columns(teacher=columns(rows.take, len(table), about.dtype, name))
+
+
+def _about(shards: Shards, key: str, rows: int) -> About:
+    """What the store says of itself, which must be of this table and agree with its records.
+
+    Raises:
+      UserError: it does not.
+    """
+    told = {name: value for name, value in shards.about.items() if name != "table"}
+    if shards.about.get("table", key) != key or shards.rows != rows:
+        raise UserError(f"{shards.folder} holds a teacher for another table: delete it")
+    try:
+        about = About(**told)
+        want = {"ids": (f"uint{8 * _width(about.vocab)}", (about.k,)), "tail": ("float32", ())}
+        want["logits"] = (about.dtype, (about.k,))
+        fields = {f.name: (f.dtype, f.shape) for f in shards.fields}
+        sound = not shards.done or fields == want
+        sound &= all(type(entry["largest"]) is int for entry in shards.done.values())
+    except (TypeError, KeyError, UserError):
+        sound = False
+    if not sound:
+        path = shards.folder / INDEX
+        raise UserError(f"{path} is damaged (it contradicts itself); delete it and write it again")
+    return about
+
+
+class Maps:
+    """The records of each shard, mapped when asked for; the last ``OPEN`` stay so."""
+
+    def __init__(self, shards: Shards, held: np.ndarray) -> None:
+        self.shards, self.held = shards, held
+        self.get = lru_cache(maxsize=OPEN)(self._map)
+
+    def check(self, verify: bool) -> None:
+        """Map each shard once.
+
+        Raises:
+          UserError: one is damaged, or is not of the table's predictions.
+        """
+        for number in range(self.shards.count):
+            try:
+                self._map(number, verify=True) if verify else self.get(number)
+            except UserError as error:
+                raise UserError(f"{error}; delete that file and write it again") from None
+
+    def _map(self, number: int, verify: bool = False) -> Any:
+        held = self.held[slice(*self.shards.span(number))]
+        if self.shards.done[number]["records"] != held.sum():
+            records = self.shards.done[number]["records"]
+            path = self.shards.path(number)
+            raise UserError(f"shard {path} is damaged: {records} records for {held.sum()}")
+        return self.shards.get(number, held, verify=verify)
 
 
 def _find(folder: Path, key: str, rows: int) -> Shards:
@@ -240,7 +321,7 @@ class Rows:
         table: Table,
         held: np.ndarray,
         shards: Shards,
-        maps: list[Any],
+        maps: Maps,
         about: About,
     ) -> None:
         self.aims = Table({n: table[n] for n in ("targets", "mask") if n in table})
@@ -255,7 +336,9 @@ class Rows:
         parts = []
         for row in index.tolist():
             begin = self.begin[row]
-            parts.append(self.maps[row // self.shards.size][begin : begin + self.held[row]])
+            records = self.maps.get(row // self.shards.size)[begin : begin + self.held[row]]
+            # a slice holds its map, and the file with it
+            parts.append(records if self.shards.count <= OPEN else records.copy())
         records = self.shards.unpack(
             np.concatenate(parts) if parts else np.empty(0, self.shards.dtype)
         )
@@ -313,8 +396,12 @@ class Column:
         return self.length
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        plain = isinstance(index, np.ndarray) and index.dtype.kind in "iu"
-        return self.make(index if plain else np.arange(self.length)[index])[self.leaf]
+        if not (isinstance(index, np.ndarray) and index.dtype.kind in "iu"):
+            return self.make(np.arange(self.length)[index])[self.leaf]
+        rows = index.astype(np.int64)
+        if len(rows) and not -self.length <= rows.min() <= rows.max() < self.length:
+            raise IndexError(f"row {rows.min()} or {rows.max()} of {self.length}")
+        return self.make(np.where(rows < 0, rows + self.length, rows))[self.leaf]
 
     def digest(self) -> str:
         """What the values depend on, hashed; the values themselves stay where they are."""
