@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from inside_world import asked, close, state
 
-from w2s_jax.losses.minillm import later, two_terms
+from w2s_jax.losses.minillm import later, later_sum, two_terms, whitened
 from w2s_jax.losses.policy import ppo_clip
 from w2s_jax.models.transformer import Config, decode, transformer
 from w2s_jax.objectives import minillm, sequence_kl
@@ -74,7 +74,7 @@ def test_the_expected_gradient_is_that_of_the_sequence_level_reverse_kl(two) -> 
     chances = np.exp(logps_of(student, batch)[1].sum(-1))
     np.testing.assert_allclose(chances.sum(), 1, rtol=1e-5)
     want = jax.jit(jax.grad(divergence))(student)
-    objective = sequence_kl(SMALL, teacher=SMALL, share=0.0, normalise=False)
+    objective = sequence_kl(SMALL, teacher=SMALL, share=0.0, returns=later_sum)
     got = expected_gradient(objective, student, teacher, batch, chances)
     close(got, want, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_without_what_follows_the_gradient_is_another(two) -> None:
     student, teacher = two
     batch = enumerated()
     chances = np.exp(logps_of(student, batch)[1].sum(-1))
-    whole = sequence_kl(SMALL, teacher=SMALL, share=0.0, normalise=False)
+    whole = sequence_kl(SMALL, teacher=SMALL, share=0.0, returns=later_sum)
     short = sequence_kl(SMALL, teacher=SMALL, share=0.0, loss=lambda logps, old, later: 0.0 * logps)
     given = (student, teacher, batch, chances)
     want, other = (
@@ -116,10 +116,10 @@ def test_a_mixture_is_weighed_token_by_token(two) -> None:
 
     del wide
     want = jax.grad(closed)(student)
-    objective = sequence_kl(SMALL, teacher=SMALL, share=share, normalise=False)
+    objective = sequence_kl(SMALL, teacher=SMALL, share=share, returns=later_sum)
     got = expected_gradient(objective, student, teacher, batch, np.exp(mixed.sum(-1)))
     close(got, want, atol=1e-4)
-    stored = sequence_kl(SMALL, teacher=SMALL, normalise=False)
+    stored = sequence_kl(SMALL, teacher=SMALL, returns=later_sum)
     batch["policy"] = {"old": mixed}
     again = expected_gradient(stored, student, teacher, batch, np.exp(mixed.sum(-1)))
     close(again, want, atol=1e-4)
@@ -150,7 +150,19 @@ def test_returns_are_of_what_comes_after() -> None:
     rewards = jnp.array([[1.5, 2.0, 4.0, 9.0], [3.0, -1.0, 7.0, 7.0]])
     mask = jnp.array([[1.0, 1, 1, 0], [1, 1, 0, 0]])
     assert later(rewards, mask).tolist() == [[3, 4, 0, 0], [-1, 0, 0, 0]]
-    assert later(rewards, mask, normalise=False).tolist() == [[6, 4, 0, 0], [-1, 0, 0, 0]]
+    assert later_sum(rewards, mask).tolist() == [[6, 4, 0, 0], [-1, 0, 0, 0]]
+
+
+def test_whitened_returns_by_hand() -> None:
+    """``later`` gives [3, 4, 0 | -1, 0]: mean 1.2, variance 18.8 / 4."""
+    rewards = jnp.array([[1.5, 2.0, 40.0, 9.0], [3.0, -1.0, 7.0, 7.0]])
+    mask = jnp.array([[1.0, 1, 1, 0], [1, 1, 0, 0]])
+    got = whitened(rewards, mask, most=4.0)
+    plain = np.array([[3, 4, 0], [-1, 0, 1.2]]) - 1.2
+    np.testing.assert_allclose(
+        got[:, :3], plain / np.sqrt((plain**2).sum() / 4), rtol=1e-3, atol=1e-6
+    )
+    assert not got[:, 3].any() and not got[1, 2]
 
 
 def test_the_clip_drops_tokens_whose_ratio_ran_away() -> None:

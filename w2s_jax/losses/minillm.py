@@ -13,29 +13,38 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax.losses.distillation import reverse_kl
-from w2s_jax.losses.policy import importance
+from w2s_jax.losses.policy import importance, whiten
 from w2s_jax.losses.sequence import pick
 
 Array = jax.Array
 
 
-def later(rewards: Array, mask: Array, *, normalise: bool = True) -> Array:
-    """What follows each token: the mean of the rewards after it in its response, [B,M].
+# A return: (rewards [B,M] nats, mask [B,M], 1 on the response, which is contiguous and begins at
+# 0) -> what follows each token in its response [B,M]. It starts after the token, since the token's
+# own reward is in the single-step term. (The authors' code and TRL's start at the token, which
+# counts that reward twice in their sum.)
+
+
+def later_sum(rewards: Array, mask: Array) -> Array:
+    """The sum of the rewards after each token: the exact return."""
+    return jnp.where(mask > 0, _after(jnp.where(mask > 0, rewards, 0.0)), 0.0)
+
+
+def later(rewards: Array, mask: Array) -> Array:
+    """The mean of the rewards after each token, which keeps long responses from having large
+    returns (MiniLLM, section 2.2, "length normalization")."""
+    count = _after((mask > 0).astype(jnp.float32))
+    return later_sum(rewards, mask) / jnp.maximum(count, 1.0)
+
+
+def whitened(rewards: Array, mask: Array, *, most: float = jnp.inf) -> Array:
+    """``later`` with mean 0 and standard deviation 1 over all tokens of the batch, as the authors
+    train: a token is compared with the others, at one size whatever the divergence.
 
     Args:
-      rewards: [B,M] nats; mask [B,M] is 1 on the response, which is contiguous and begins at 0.
-      normalise: False sums instead, which is the exact return; the mean keeps long responses from
-        having large returns (MiniLLM, section 2.2, "length normalization").
-
-    The return starts after the token, since the token's own reward is in the single-step term. (The
-    authors' code and TRL's start at the token, which counts that reward twice in their sum.)
+      most: rewards are cut to [-most, most] first.
     """
-    rewards = jnp.where(mask > 0, rewards, 0.0)
-    total = _after(rewards)
-    if not normalise:
-        return jnp.where(mask > 0, total, 0.0)
-    count = _after((mask > 0).astype(jnp.float32))
-    return jnp.where(count > 0, total / jnp.maximum(count, 1.0), 0.0)
+    return whiten(later(jnp.clip(rewards, -most, most), mask), mask)
 
 
 def _after(values: Array) -> Array:

@@ -102,7 +102,7 @@ def minillm(
     tokens: int,
     share: float = 0.2,
     loss: Callable[[Array, Array, Array], Array] = importance,
-    normalise: bool = True,
+    returns: Callable[[Array, Array], Array] = later,
     corpus: float = 0.0,
     eos: int | Sequence[int] = (),
     vocab: int | None = None,
@@ -110,13 +110,14 @@ def minillm(
     """MiniLLM (Gu et al. 2024, arXiv 2306.08543): the reverse KL of whole responses.
 
     Tokens are drawn, at temperature 1, from a mixture of teacher and student in which the teacher
-    has ``share`` (0.2 in the authors' scripts), and ``sequence_kl`` makes the update. The authors
-    also whiten returns, halve the rewards' unit and reuse every sample for four epochs; here every
-    step draws its own, so the ratio to the sampling policy is 1 but for the mixture. Metrics:
-    ``length`` and ``ended`` as in ``on_policy``, and those of ``sequence_kl``.
+    has ``share`` (0.2 in the authors' scripts), and ``sequence_kl`` makes the update. As the
+    authors do: ``returns=whitened, loss=ppo_clip``. They also reuse every sample for four epochs
+    (see ``sequence_kl``); here every step draws its own, so the ratio to the sampling policy is 1
+    but for the mixture. Metrics: ``length`` and ``ended`` as in ``on_policy``, and those of
+    ``sequence_kl``.
 
     Args:
-      loss, normalise: see ``sequence_kl``.
+      loss, returns: see ``sequence_kl``.
       corpus: multiple of the next-token loss of the rows that the batch holds besides ``asked``
         (text of a pre-training corpus, in the paper), which is added.
 
@@ -125,7 +126,7 @@ def minillm(
     """
     if not 0 <= share < 1:
         raise UserError(f"minillm: the teacher's share of the mixture is in [0, 1), got {share}")
-    how: dict[str, Any] = dict(share=share, loss=loss, normalise=normalise, vocab=vocab)
+    how: dict[str, Any] = dict(share=share, loss=loss, returns=returns, vocab=vocab)
     update = sequence_kl(model, teacher=teacher, **how)
     text = language(model)
 
@@ -148,22 +149,25 @@ def sequence_kl(
     teacher: Model,
     share: float | None = None,
     loss: Callable[[Array, Array, Array], Array] = importance,
-    normalise: bool = True,
+    returns: Callable[[Array, Array], Array] = later,
     vocab: int | None = None,
 ) -> Objective:
     """The gradient of KL(student || teacher) of whole responses from sampled ones, per token.
 
-    Reads ``tokens`` and ``targets`` as ``respond`` makes them. With ``normalise`` False and
-    responses drawn from the student its expectation, as a sum over tokens, is exactly that
-    gradient. Importance weights are those of single tokens, as in the authors' code: for responses
-    drawn from a mixture an approximation. The value of the loss estimates nothing; the metrics do:
-    ``sequence_kl`` (log q - log p, nats per response as it was drawn) and ``ratio`` (mean weight).
+    Reads ``tokens`` and ``targets`` as ``respond`` makes them, one response to a row. With
+    ``returns=later_sum`` and responses drawn from the student its expectation, as a sum over
+    tokens, is exactly that gradient. Importance weights are those of single tokens, as in the
+    authors' code: for responses drawn from a mixture an approximation. The value of the loss
+    estimates nothing; the metrics do: ``sequence_kl`` (log q - log p, nats per response as it was
+    drawn) and ``ratio`` (mean weight). For several updates on the same responses use
+    ``pipelines.reinforce.online`` with ``lesson(model, jnp.zeros_like)``, which notes ``old``.
 
     Args:
       share: of the teacher in the mixture that the present weights drew from; None reads
         ``policy.old``, the log-probabilities with which earlier weights drew.
       loss: of the long-term part, see ``losses.minillm.two_terms``.
-      normalise: returns are means of what follows rather than sums.
+      returns: what a token led to, from the rewards ``log p - log q``: ``later``, ``later_sum`` or
+        ``whitened`` of ``losses.minillm``. A mean over the batch is one over a micro-batch.
 
     Raises:
       UserError: see ``distill``.
@@ -184,7 +188,7 @@ def sequence_kl(
         sampled = {
             "ids": mine.ids,
             "old": old,
-            "later": later(p - q, mine.mask, normalise=normalise),
+            "later": returns(p - q, mine.mask),
             "weight": jnp.exp(q - old),
         }
         student = (mine.hidden, mine.unembed)

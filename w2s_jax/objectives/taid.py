@@ -74,11 +74,8 @@ def taid(
     Raises:
       UserError: numbers out of range; as ``distill``; a state without the memory.
     """
-
-    def towards(t: Array) -> Objective:
-        return distill(model, partial(divergence, t=t), teacher=teacher)
-
-    return _moving(towards, start, end, alpha if adaptive else 0.0, beta)
+    plain = partial(distill, model, teacher=teacher)
+    return _moving(plain, divergence, start, end, alpha if adaptive else 0.0, beta)
 
 
 def taid_classes(
@@ -93,17 +90,19 @@ def taid_classes(
     adaptive: bool = True,
 ) -> Objective:
     """TAID of class distributions, nats per weighted example: ``taid`` over ``distill_classes``."""
-
-    def towards(t: Array) -> Objective:
-        return distill_classes(model, partial(divergence, t=t), teacher=teacher)
-
-    return _moving(towards, start, end, alpha if adaptive else 0.0, beta)
+    plain = partial(distill_classes, model, teacher=teacher)
+    return _moving(plain, divergence, start, end, alpha if adaptive else 0.0, beta)
 
 
 def _moving(
-    towards: Callable[[Array], Objective], start: Any, end: Any, alpha: Any, beta: Any
+    plain: Callable[[Divergence], Objective],
+    divergence: Divergence,
+    start: Any,
+    end: Any,
+    alpha: Any,
+    beta: Any,
 ) -> Objective:
-    """The objective ``towards(t)`` with the t of ``state.memory``."""
+    """``plain`` of the divergence at the t of ``state.memory``."""
     _check(start=start, end=end, alpha=alpha, beta=beta)
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
@@ -111,7 +110,8 @@ def _moving(
             raise UserError("taid keeps its schedule in the state: pass memory=taid_memory()")
         memory = _advanced(state, start, end, alpha, beta)
         inner = replace(state, memory=())
-        total, weight, aux = towards(memory["t"])(params, inner, batch, key)
+        now = plain(partial(divergence, t=memory["t"]))
+        total, weight, aux = now(params, inner, batch, key)
         seen = {"sum": jax.lax.stop_gradient(total), "weight": weight}
         memory |= {name: memory[name] + value for name, value in seen.items()}
         metrics = aux.metrics | {"t": (memory["t"] * weight, weight)}
