@@ -35,7 +35,10 @@ class Config:
     of the tensor axis); the added rows are zero, get no gradient, have no probability and are
     never exported. ``attention`` is the kernel of causal rows: "xla", "cudnn", "splash", or "auto"
     for the fastest that is exact on these devices and this batch (see ``models.backends``).
-    ``taps`` are the layers (0 the first) whose outputs ``Output.taps`` has, [B,T,D] each.
+    ``taps`` are the layers (0 the first) whose outputs ``Output.taps`` has, [B,T,D] each, and
+    ``maps`` those whose attention probabilities follow them there, [B,H,T,T] float32 each: for
+    these scores of a whole row exist at once, and the layers are not scanned (with a cache there
+    are none).
 
     Raises:
       UserError: sizes that do not fit together or an unknown option.
@@ -65,6 +68,7 @@ class Config:
     scan: bool | None = None
     attention: str = "auto"
     taps: tuple[int, ...] = ()
+    maps: tuple[int, ...] = ()
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -80,7 +84,8 @@ class Config:
     @property
     def scanned(self) -> bool:
         """Whether the layers run as a scan."""
-        return self.layers > 8 or self.remat != "none" if self.scan is None else self.scan
+        deep = self.layers > 8 or self.remat != "none"
+        return deep and not self.maps if self.scan is None else self.scan
 
     @property
     def vocab_rows(self) -> int:
@@ -109,12 +114,15 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"model: {name} must be a positive integer, got {getattr(config, name)}"
             )
-    taps = config.taps
-    if list(taps) != sorted(set(taps)) or any(not 0 <= i < config.layers for i in taps):
-        raise UserError(
-            f"model: taps must be layers 0 to {config.layers - 1}, each once and in order, got "
-            f"{taps}"
-        )
+    for name in ("taps", "maps"):
+        asked = getattr(config, name)
+        if list(asked) != sorted(set(asked)) or any(not 0 <= i < config.layers for i in asked):
+            raise UserError(
+                f"model: {name} must be layers 0 to {config.layers - 1}, each once and in order, "
+                f"got {asked}"
+            )
+    if config.maps and config.scan:
+        raise UserError("model: layers with attention maps are not scanned; leave scan at None")
     if config.heads % config.kv_heads:
         raise UserError(
             f"model: {config.heads} heads do not divide into {config.kv_heads} key/value heads"

@@ -24,6 +24,7 @@ from w2s_jax.models.attention import mix, plan, rope_angles, rotate
 from w2s_jax.models.backends import attend, ways
 from w2s_jax.models.cache import Cache, extend, init_cache
 from w2s_jax.models.config import Config, RopeScaling, flops_per_token
+from w2s_jax.models.maps import attention_maps
 from w2s_jax.models.remat import policy
 from w2s_jax.types import Array, Model, Output, Params, Tree
 
@@ -222,21 +223,23 @@ class Decoder(nn.Module):
         config, block = self.config, Block(self.config, parent=None)
         index = None if cache is None else cache.index - x.shape[1]  # where these tokens start
 
-        def run(params, x, rope, scope, pair):
-            return block.apply({"params": params}, x, rope, scope, pair)
+        def run(mapped, params, x, rope, scope, pair):
+            return block.apply({"params": params}, x, rope, scope, pair, mapped)
 
         if config.remat != "none" and cache is None:
-            run = jax.checkpoint(run, policy=policy(config.remat))
-        run = jax.jit(run)  # traced, differentiated and lowered once for all layers
-        pairs, outputs, layers = [], [], self.variables["params"]["layers"]
+            run = jax.checkpoint(run, policy=policy(config.remat), static_argnums=0)
+        run = jax.jit(run, static_argnums=0)  # traced, differentiated, lowered once for all layers
+        pairs, outputs, maps, layers = [], [], [], self.variables["params"]["layers"]
         if not isinstance(layers, tuple):
             layers = unstacked(layers, config.layers)
         for i, layer in enumerate(layers):
             pair = None if cache is None else (*cache.layers[i], index)
-            x, pair = run(layer, x, rope, scope, pair)
+            mapped = cache is None and i in config.maps
+            x, (pair, seen) = run(mapped, layer, x, rope, scope, pair)
             pairs.append(pair)
             outputs.append(x)
-        return x, tuple(pairs), tuple(outputs[i] for i in config.taps)
+            maps += [seen] if mapped else []
+        return x, tuple(pairs), (*(outputs[i] for i in config.taps), *maps)
 
 
 def unstacked(layers: Tree, depth: int) -> tuple[Tree, ...]:
@@ -259,18 +262,19 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, rope, scope, pair=None):
+    def __call__(self, x, rope, scope, pair=None, mapped=False):
         pre = self.config.placement == "pre"
         y = _norm(self, x, "attention_norm") if pre else x
-        y, pair = self._attention(y, rope, scope, pair)
+        y, beside = self._attention(y, rope, scope, pair, mapped)
         x = x + (y if pre else _norm(self, y, "attention_norm"))
         x = _constrain(x, "batch", "length", "act_embed")
         y = self._ffn(_norm(self, x, "ffn_norm") if pre else x)
         x = x + (y if pre else _norm(self, y, "ffn_norm"))
-        return _constrain(x, "batch", "length", "act_embed"), pair
+        return _constrain(x, "batch", "length", "act_embed"), beside
 
     @nn.nowrap
-    def _attention(self, x, rope, scope, pair):
+    def _attention(self, x, rope, scope, pair, mapped):
+        """What attention adds; beside it the longer cache and, if ``mapped``, the attention map."""
         config = self.config
         batch, length, _ = x.shape
         h, biased = config.head_dim, config.bias != "none"
@@ -287,6 +291,7 @@ class Block(nn.Module):
         q = _constrain(q, "batch", "length", "act_heads", None)
         k, v = (_constrain(y, "batch", None, "act_heads", None) for y in (k, v))  # whole rows
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        seen = attention_maps(q, k, scope) if mapped else None
         if pair is None:
             asked = "xla" if self.is_initializing() else config.attention  # one token: no kernel's
             y = mix(asked, q, k, v, scope)
@@ -295,9 +300,8 @@ class Block(nn.Module):
             y = attend(q, pair[0].swapaxes(2, 3), pair[1], scope.mask)
         y = checkpoint_name(y.reshape(batch, length, -1), "attention")
         depth = (2 * config.layers) ** -0.5
-        return _linear(
-            self, y, "o", config.width, "heads", "embed", config.bias == "all", depth
-        ), pair
+        y = _linear(self, y, "o", config.width, "heads", "embed", config.bias == "all", depth)
+        return y, (pair, seen)
 
     @nn.nowrap
     def _ffn(self, x):
