@@ -30,11 +30,10 @@ from typing import Any
 import numpy as np
 
 from w2s_jax import cli
-from w2s_jax.data import sources
 from w2s_jax.errors import UserError
 from w2s_jax.models.shapes import shape
 from w2s_jax.pipelines import zoo_tokens
-from w2s_jax.pipelines.distillation_recipe import Words, run_recipe
+from w2s_jax.pipelines.distillation_recipe import MODES, Words, run_recipe, texts
 from w2s_jax.pipelines.zoo_findings import claims, figures, summary
 from w2s_jax.pipelines.zoo_pictures import LOSSES, Pictures
 from w2s_jax.pipelines.zoo_tokens import Zoo
@@ -42,7 +41,7 @@ from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
 from w2s_jax.train.plan import Draft
-from w2s_jax.types import Row, Table
+from w2s_jax.types import Row
 
 BLOCKS = ("tokens", "pictures")
 PARTS = ("losses", "counts", "matches", "generations")
@@ -57,12 +56,13 @@ class Config:
     blocks: tuple[str, ...] = BLOCKS
     """What to compare: tokens, pictures."""
     seeds: int = 5
-    """Runs per setting: a seed draws the rows and their order (of pictures also the weights)."""
+    """Runs per setting: a seed draws the rows and their order (of pictures also the weights). The
+    recipe is one run."""
     teacher: str = "nano-3"
     """Tokens: the teacher, nano-1 .. nano-4; with --data a folder or hub id."""
     students: tuple[str, ...] = ("nano-1", "nano-2")
     """Tokens: pretrained students, smaller than the teacher."""
-    modes: tuple[str, ...] = zoo_tokens.MODES
+    modes: tuple[str, ...] = MODES
     """Tokens: stored, live, on-policy."""
     divergences: tuple[str, ...] = ("sft", *zoo_tokens.KINDS)
     """Tokens: what to compare; "renormalised" joins those of a stored teacher."""
@@ -174,44 +174,63 @@ def run(cfg: Config, ctx: Context) -> Iterator[Row]:
 
 
 def _check(cfg: Config) -> None:
-    known: dict[str, tuple[str, ...]] = dict(blocks=BLOCKS, modes=zoo_tokens.MODES, parts=PARTS)
+    known: dict[str, tuple[str, ...]] = dict(blocks=BLOCKS, modes=MODES, parts=PARTS)
     known |= dict(divergences=tuple(zoo_tokens.STORED), losses=tuple(LOSSES))
     for flag, names in known.items():
         for name in getattr(cfg, flag):
             if name not in names:
                 raise UserError(f"--{flag} {name!r} is unknown; choose from {', '.join(names)}")
-    lists = ("students", "modes", "divergences", "lrs", "losses", "labels")
-    for name in (*lists, "picture_students", "picture_lrs"):
-        if not getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')} needs one entry at least")
-    counts = ("seeds", "problems", "dev", "test", "own", "top", "picture_train", "picture_dev")
-    for name in (*counts, "picture_test"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {getattr(cfg, name)}")
+    lists = ("students", "modes", "divergences", "lrs", "parts", "losses", "labels")
+    for name in (*lists, "picture_students", "picture_lrs", *(() if cfg.data else ("blocks",))):
+        flag, values = f"--{name.replace('_', '-')}", getattr(cfg, name)
+        if not values:
+            raise UserError(f"{flag} needs one entry at least")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{flag} names {twice[0]} twice: its runs would count twice")
+    _check_numbers(cfg)
+
+
+def _check_numbers(cfg: Config) -> None:
+    least = dict.fromkeys(("shift", "count", "rank"), 0)
+    least |= dict.fromkeys(("seeds", "problems", "dev", "test", "own", "top", "labels"), 1)
+    least |= dict.fromkeys(("picture_train", "picture_dev", "picture_test"), 1)
+    for name, low in least.items():
+        given = getattr(cfg, name)
+        if np.min(given) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be {low} or more, got {given}")
     for lr in (*cfg.lrs, *cfg.picture_lrs):
         replace(cfg.tune, lr=lr)  # refuses a rate that is none
     if not 0 < cfg.answer < cfg.length:
         raise UserError(f"--answer {cfg.answer} must be less than --length {cfg.length}")
     if cfg.own > min(cfg.dev, cfg.test):
         raise UserError(f"--own {cfg.own} is more than --dev {cfg.dev} or --test {cfg.test}")
-    if (cfg.dev + cfg.test) % zoo_tokens.ROWS and "tokens" in cfg.blocks:
-        raise UserError(f"--dev and --test must add up to a multiple of {zoo_tokens.ROWS}")
     if not 0 <= cfg.lam <= 1:
         raise UserError(f"--lam is a share of batches, from 0 to 1, got {cfg.lam:g}")
+    if not 0 < cfg.held < 1:
+        raise UserError(f"--held is a share of held-out prompts, between 0 and 1: {cfg.held:g}")
 
 
 def _tokens(cfg: Config, ctx: Context) -> Iterator[Row]:
     names = [f.name for f in fields(Zoo) if f.name != "ctx"]
     zoo = Zoo(ctx=ctx, **{name: getattr(cfg, name) for name in names})
+    usable = {mode: _usable(cfg, mode) for mode in cfg.modes}
+    if not any(usable.values()):
+        raise UserError(
+            f"none of --divergences {' '.join(cfg.divergences)} is for --modes "
+            f"{' '.join(cfg.modes)}: sft needs given rows, renormalised a stored teacher"
+        )
     for student in cfg.students:
         ctx.say(f"{student} from {cfg.teacher}")
-        for mode in cfg.modes:
-            usable = [n for n in cfg.divergences if mode != "on-policy" or n != "sft"]
-            usable = [n for n in usable if mode == "stored" or n != "renormalised"]
-            if mode == "stored" and "forward_kl" in usable and "renormalised" not in usable:
-                usable.append("renormalised")
-            if usable:
-                yield from zoo.run(student, mode, usable)
+        for mode, losses in usable.items():
+            if losses:
+                yield from zoo.run(student, mode, losses)
+
+
+def _usable(cfg: Config, mode: str) -> list[str]:
+    """What of --divergences makes sense in a mode."""
+    names = [name for name in cfg.divergences if name in zoo_tokens.LOSSES[mode]]
+    alone = mode == "stored" and "forward_kl" in names and "renormalised" not in names
+    return [*names, "renormalised"] if alone else names
 
 
 def _pictures(cfg: Config, ctx: Context) -> Iterator[Row]:
@@ -226,18 +245,18 @@ def _pictures(cfg: Config, ctx: Context) -> Iterator[Row]:
     middle = several[min(1, len(several) - 1)]
     for student in several if "losses" in cfg.parts else ():
         for mode in ("stored", "live"):
-            yield from _kept(cfg, ctx, zoo.compared, student, mode)
+            yield from _kept(cfg, zoo, "compared", student, mode)
     for part, student in (("counts", middle), ("matches", several[-1]), ("generations", middle)):
         if part in cfg.parts:
-            yield from _kept(cfg, ctx, getattr(zoo, part), student)
+            yield from _kept(cfg, zoo, part, student)
 
 
-def _kept(cfg: Config, ctx: Context, make: Any, *which: str) -> list[Row]:
+def _kept(cfg: Config, zoo: Pictures, what: str, *which: str) -> list[Row]:
     """The rows of one comparison, from the workdir if they are there."""
-    ctx.say(f"pictures: {make.__name__} {' '.join(which)}")
-    unread = dict(parts=(), save="", picture_students=())
-    inputs = dict(config=replace(cfg, **unread), what=make.__name__, which=which)
-    return ctx.stage(make.__name__, inputs, lambda: list(make(*which)))
+    zoo.ctx.say(f"pictures: {what} {' '.join(which)}")
+    parts = (zoo.splits.train, zoo.splits.dev, zoo.splits.test)
+    inputs = dict(config=cfg, what=what, which=which, data=[part.digest() for part in parts])
+    return zoo.ctx.stage(what, inputs, lambda: list(getattr(zoo, what)(*which)))
 
 
 def _recipe(cfg: Config, ctx: Context) -> Iterator[Row]:
@@ -246,42 +265,28 @@ def _recipe(cfg: Config, ctx: Context) -> Iterator[Row]:
         if len(getattr(cfg, flag)) != 1:
             raise UserError(f"with --data name one of --{flag}, not {len(getattr(cfg, flag))}")
     (student,), (mode,), (name,) = cfg.students, cfg.modes, cfg.divergences
-    if mode != "stored" and name not in zoo_tokens.DENSE:
-        raise UserError(f"--divergences {name} is for stored teachers: --modes stored")
-    rows = sources.records(cfg.data, split=cfg.split or None)
-    words = Words(cfg.length, cfg.answer, cfg.template, cfg.separator)
+    if name not in zoo_tokens.LOSSES[mode]:
+        why = "learns from given responses" if name == "sft" else "is for stored teachers"
+        raise UserError(f"--divergences {name} {why}: --modes {mode} has none")
     yield from run_recipe(
-        _texts(rows, cfg), student=student, teacher=cfg.teacher, ctx=ctx, tune=cfg.tune,
-        mode=mode, name=name, dense=zoo_tokens.DENSE.get(name, zoo_tokens.sft),
-        stored=zoo_tokens.STORED[name], words=words, lam=cfg.lam, temperature=cfg.temperature,
-        top=cfg.top, held=cfg.held, rank=cfg.rank, compute=cfg.compute, remat=cfg.remat,
-        save=cfg.save,
+        texts(cfg.data, split=cfg.split or None, count=cfg.count), student=student,
+        teacher=cfg.teacher, ctx=ctx, tune=cfg.tune, mode=mode, name=name,
+        divergence=zoo_tokens.LOSSES[mode][name], lam=cfg.lam, temperature=cfg.temperature,
+        words=Words(cfg.length, cfg.answer, cfg.template, cfg.separator), top=cfg.top,
+        held=cfg.held, rank=cfg.rank, compute=cfg.compute, remat=cfg.remat, save=cfg.save,
     )  # fmt: skip
 
 
-def _texts(rows: Any, cfg: Config) -> Table:
-    """Columns ``prompt`` and, where it is there, ``response`` of the first ``count`` rows."""
-    size = min(cfg.count or len(rows), len(rows))
-    if not size or "prompt" not in rows[0]:
-        have = ", ".join(rows[0]) if size else "no rows"
-        raise UserError(f"{cfg.data}: needs a column 'prompt', has {have}")
-    found = {}
-    for name in ("prompt", "response"):
-        if name in rows[0]:
-            column = np.empty(size, object)
-            column[:] = [rows[i][name] for i in range(size)]
-            found[name] = column
-    return Table(found)
-
-
 def plan(cfg: Config) -> Draft:
-    """The on-policy step of the first student, teacher and sampling included."""
+    """The step of the first student in the first mode; on-policy, its sampling included."""
     _check(cfg)
     student, teacher = (replace(shape(n), dtype="bfloat16") for n in (cfg.students[0], cfg.teacher))
+    own = cfg.modes[0] == "on-policy"
     flags = {"rank": "--rank", "micro": "--tune.micro", "batch": "--tune.batch"}
     return drafts.draft(
-        replace(student, remat="full"), "gkd", cfg.tune, length=cfg.length,
-        prompt=cfg.length - cfg.answer, rank=cfg.rank, teacher=teacher,
+        replace(student, remat="full"), "gkd" if own else "kd", cfg.tune, length=cfg.length,
+        prompt=cfg.length - cfg.answer if own else 0, rank=cfg.rank,
+        teacher=None if cfg.modes[0] == "stored" else teacher,
         flags=flags | {"moments": "--tune.moments"}, name=cfg.students[0],
     )  # fmt: skip
 

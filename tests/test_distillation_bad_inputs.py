@@ -1,6 +1,7 @@
 """Bad input to anything of distillation: one line that says what is wrong, and exit code 2."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from bad_world import write_model
 
-from experiments.distillation_zoo import main
+from experiments.distillation_zoo import Config as Zoo
+from experiments.distillation_zoo import main, run
 from w2s_jax.data import arithmetic, images, teachers
 from w2s_jax.errors import UserError
 from w2s_jax.generate.inside import ask, respond
@@ -23,6 +25,8 @@ from w2s_jax.objectives import classify, distill, distill_classes, on_policy
 from w2s_jax.objectives.augmented import augmented
 from w2s_jax.objectives.features import Term, match
 from w2s_jax.objectives.taid import taid
+from w2s_jax.pipelines import distillation_recipe as recipe
+from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Batch, Model, State, Table
@@ -205,6 +209,67 @@ def test_a_wrong_flag_is_one_line(name: str, tmp_path: Path, capsys) -> None:
     flags, word = FLAGS[name]
     said = command(tmp_path, capsys, *flags).strip()
     assert said.startswith("error: ") and "\n" not in said and word in said, said
+
+
+SETTINGS = {
+    "a mode twice": (dict(modes=("live", "live")), "--modes names live twice"),
+    "a student twice": (dict(students=("nano-1", "nano-1")), "--students names nano-1 twice"),
+    "a rate twice": (dict(picture_lrs=(0.1, 0.1)), "--picture-lrs names 0.1 twice"),
+    "no block": (dict(blocks=()), "--blocks needs one entry"),
+    "no part": (dict(parts=()), "--parts needs one entry"),
+    "no label": (dict(labels=(60, 0)), "--labels must be 1 or more"),
+    "moved backwards": (dict(shift=-1), "--shift must be 0 or more"),
+    "fewer than no rows": (dict(data="x", count=-3), "--count must be 0 or more"),
+    "rank": (dict(data="x", rank=-1), "--rank must be 0 or more"),
+    "all held out": (dict(data="x", held=1.0), "--held is a share"),
+    "nothing to compare": (
+        dict(modes=("live", "on-policy"), divergences=("renormalised",)),
+        "renormalised a stored teacher",
+    ),
+    "sft of own answers": (
+        dict(data="x", students=("s",), modes=("on-policy",), divergences=("sft",)),
+        "--divergences sft learns from given responses",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_means_nothing(name: str, tmp_path: Path) -> None:
+    changes, word = SETTINGS[name]
+    check(lambda: list(run(replace(Zoo(), **changes), Context(tmp_path))), word)
+
+
+@pytest.mark.parametrize(
+    "odd, word",
+    [
+        ({"prompt": "a"}, "row 1 has the response None"),
+        ({"response": "a"}, "row 1 has the prompt None"),
+        ({"prompt": "", "response": "a"}, "row 1 has the prompt ''"),
+        ({"prompt": "a", "response": ""}, "row 1 has the response ''"),
+        ({"prompt": "a", "response": 7}, "row 1 has the response 7"),
+    ],
+)
+def test_a_row_that_is_no_text(odd: dict, word: str, tmp_path: Path) -> None:
+    lines = [{"prompt": "q", "response": "a"}, odd]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    check(lambda: recipe.texts(str(tmp_path / "rows.jsonl")), word)
+    assert len(recipe.texts(str(tmp_path / "rows.jsonl"), count=1)) == 1
+
+
+def test_texts_that_a_tokenizer_does_not_know() -> None:
+    said = Table({"prompt": np.array(["q : Zebra ?"] * 3, object)})
+    model = transformer(replace(CONFIG, vocab=80, max_length=64))
+    words = recipe.Words(length=32, answer=8, template="none")
+    check(lambda: recipe.tokenised(said, arithmetic.tokenizer(), model, words), "unknown")
+
+
+def test_a_place_for_the_model_is_looked_at_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    check(lambda: recipe._room_for(str(tmp_path / "file")), "not a model folder")
+    check(lambda: recipe._room_for(str(tmp_path)), "not a model folder")
+    check(lambda: recipe._room_for(str(tmp_path / "file" / "new")), "cannot be written")
+    recipe._room_for(str(tmp_path / "deep" / "new"))
+    assert not list((tmp_path / "deep").iterdir())
 
 
 def rows(path: Path, *names: str, count: int = 40) -> str:

@@ -347,8 +347,9 @@ class _Chart:
         if self.categorical():
             ax.set_xticks(range(len(values)), [_text(v) for v in values])
             if len(values) * max(len(_text(v)) for v in values) > 40:
+                steep = 30 if len(values) <= 11 else 45  # lines of text must not touch
                 for label in ax.get_xticklabels():
-                    label.set(rotation=30, ha="right", rotation_mode="anchor")
+                    label.set(rotation=steep, ha="right", rotation_mode="anchor")
         elif self.look.get("logx"):
             if values[0] <= 0:
                 raise UserError(f"a logarithmic axis needs {self.x!r} > 0, got {values[0]}")

@@ -8,9 +8,11 @@ that were held out: on the responses there are, and on what the student answers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 from w2s_jax import columns
 from w2s_jax import mesh as meshes
 from w2s_jax.annotate import predict
-from w2s_jax.data import teachers
+from w2s_jax.data import sources, teachers
 from w2s_jax.data.packing import with_targets
 from w2s_jax.data.pair_tokens import encode_answers, encode_prompts
 from w2s_jax.errors import UserError
@@ -30,7 +32,7 @@ from w2s_jax.models import hf
 from w2s_jax.models import lora as adapters
 from w2s_jax.objectives import distill, on_base, on_policy, predicted
 from w2s_jax.objectives.base import Predicted
-from w2s_jax.pipelines.delta_pairs import held_out
+from w2s_jax.pipelines.delta_pairs import held_out, host_column
 from w2s_jax.record import Context
 from w2s_jax.tokenizer import Tokenizer
 from w2s_jax.train.fit import fit
@@ -38,6 +40,7 @@ from w2s_jax.train.optim import Tune
 from w2s_jax.types import Array, Batch, Model, Objective, Params, Row, Table, Tree
 
 MODES = ("stored", "live", "on-policy")
+UNKNOWN = 0.01  # the largest share of unknown tokens that texts may have
 Divergence = Callable[..., Array]
 
 
@@ -51,12 +54,38 @@ class Words:
     separator: str = ""
 
 
+def texts(source: str, *, split: str | None = None, count: int = 0) -> Table:
+    """The first ``count`` rows of a source (0: all): ``prompt`` (texts or conversations) and,
+    where the source has it, ``response`` (texts).
+
+    Raises:
+      UserError: no prompts, a value that is no text; see ``sources.records``.
+    """
+    rows = sources.records(source, split=split)
+    have = list(rows[0]) if len(rows) else []
+    if "prompt" not in have:
+        raise UserError(f"{source}: needs a column 'prompt', has {', '.join(have) or 'no rows'}")
+    some = [rows[i] for i in range(min(count or len(rows), len(rows)))]
+    found = {}
+    for name, kinds in (("prompt", (str, list)), ("response", (str,))):
+        if name in have:
+            values = [row.get(name) for row in some]
+            odd = next((i for i, v in enumerate(values) if not isinstance(v, kinds) or not v), None)
+            if odd is not None:
+                raise UserError(
+                    f"{source}: row {odd} has the {name} {values[odd]!r}, which is no text; drop it"
+                )
+            found[name] = host_column(values)
+    return Table(found)
+
+
 def tokenised(table: Table, tokenizer: Tokenizer, model: Model, words: Words) -> Table:
     """The rows whose prompt fits, with ``asked`` and, where there are responses, token columns and
     ``targets``; long responses are cut.
 
     Raises:
-      UserError: no room for a prompt, no row that fits; see ``pair_tokens.encode_prompts``.
+      UserError: no room for a prompt, no row that fits, words that the tokenizer does not know; see
+        ``pair_tokens.encode_prompts``.
     """
     room = words.length - words.answer
     how: Any = dict(template=words.template, separator=words.separator)
@@ -68,11 +97,13 @@ def tokenised(table: Table, tokenizer: Tokenizer, model: Model, words: Words) ->
         heads, said = encode_answers(*texts, **how)
     else:
         heads, said = encode_prompts(prompts, tokenizer, **how), None
+    _known([*heads, *(said or ())], tokenizer)
     kept = [i for i, head in enumerate(heads) if 0 < len(head) <= room]
     if not kept:
         least = min(map(len, heads), default=0)
         raise UserError(f"no prompt fits in {room} tokens (the shortest has {least})")
-    made = table.take(np.array(kept)).with_columns(prompt=_objects([heads[i] for i in kept]))
+    ids = host_column([np.asarray(heads[i], np.int32) for i in kept])
+    made = table.take(np.array(kept)).with_columns(prompt=ids)
     made = ask(made, model, tokenizer, tokens=words.answer, length=room)
     if said is None:
         return made
@@ -90,10 +121,27 @@ def tokenised(table: Table, tokenizer: Tokenizer, model: Model, words: Words) ->
     return with_targets(made, multiple=words.answer)
 
 
-def _objects(values: list[Any]) -> np.ndarray:
-    column = np.empty(len(values), object)
-    column[:] = [np.asarray(value, np.int32) for value in values]
-    return column
+def _known(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
+    unknown = sum(list(row).count(tokenizer.unk) for row in rows if tokenizer.unk is not None)
+    share = unknown / max(sum(map(len, rows)), 1)
+    if share > UNKNOWN:
+        raise UserError(
+            f"the tokenizer cannot encode the texts: {share:.0%} of the tokens are unknown; use "
+            "models whose tokenizer covers them"
+        )
+
+
+def _room_for(folder: str) -> None:
+    """Refuses a place for the trained model before it is trained."""
+    place = Path(folder).absolute()
+    full = place.exists() and (not place.is_dir() or any(place.iterdir()))
+    if full and not (place / "config.json").is_file():
+        raise UserError(f"--save {folder} exists and is not a model folder: give another place")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=place.parent).cleanup()
+    except OSError as error:
+        raise UserError(f"--save {folder} cannot be written: {error.strerror}") from None
 
 
 def run_recipe(
@@ -105,8 +153,7 @@ def run_recipe(
     tune: Tune,
     mode: str,
     name: str,
-    dense: Divergence,
-    stored: Divergence | None,
+    divergence: Divergence,
     words: Words,
     lam: float = 1.0,
     temperature: float = 1.0,
@@ -129,8 +176,8 @@ def run_recipe(
         ``response`` (texts).
       mode: "stored" (the teacher's ``top`` tokens, made once), "live", or "on-policy": a batch of
         the student's own answers with probability ``lam``, sampled at ``temperature``.
-      name: of the divergence, for the record; ``dense`` takes the teacher's logits, ``stored`` the
-        columns of a stored teacher, both ``(student, teacher, ids)``.
+      divergence: ``(student, teacher, ids) -> nats``; ``teacher`` are its logits, or the columns
+        of a stored one; ``name`` is for the record.
       held: share of the prompts held out, ``most`` at most.
       rank: of adapters on a frozen student; 0 trains all weights.
       compute, remat: see ``hf.load``; the teacher is stored in ``compute``.
@@ -141,12 +188,15 @@ def run_recipe(
       responses), ``nll``, and ``own_reverse``, ``own_length`` of the student's own answers.
 
     Raises:
-      UserError: different vocabularies, no responses where they are needed, nothing held out.
+      UserError: different vocabularies, no responses where they are needed, nothing held out, a
+        place for the model that cannot be written.
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if "response" not in data and (mode != "on-policy" or lam < 1):
         raise UserError(f"mode {mode!r} with lam {lam:g} needs a column 'response' in the data")
+    if save:
+        _room_for(save)
     where = meshes.make_mesh(ctx.mesh) if ctx.mesh else None
     kept = compute if rank else "float32"
     mine = hf.load(student, mesh=where, dtype=kept, compute=compute, remat=remat)
@@ -165,10 +215,8 @@ def run_recipe(
     common: Row = dict(block="recipe", mode=mode, divergence=name, rows=len(train), held=len(test))
     yield common | dict(training="student") | pair.compared(pair.params, test)
     if mode == "stored":
-        if stored is None:
-            raise UserError(f"{name} needs the whole distribution: use mode live or on-policy")
         train = pair.store(train, top)
-    aim = partial(pair.objective, mode=mode, dense=dense, stored=stored, lam=lam, heat=temperature)
+    aim = partial(pair.objective, divergence, mode=mode, lam=lam, heat=temperature)
     inputs = dict(name=name, mode=mode, lam=lam, heat=temperature, top=top)
     new = pair.trained(aim, train, tune, inputs, rank=rank, seed=seed, save_every=save_every)
     if save:
@@ -223,24 +271,16 @@ class Pair:
         return teachers.read(folder, table, **mine)
 
     def objective(
-        self,
-        model: Model,
-        *,
-        mode: str,
-        dense: Divergence,
-        stored: Divergence | None,
-        lam: float,
-        heat: float,
+        self, divergence: Divergence, model: Model, *, mode: str, lam: float, heat: float
     ) -> Objective:
         """What ``model`` (the student, or its adapters) is trained by."""
         if mode == "stored":
-            assert stored is not None
-            return distill(model, stored, targets=True)
+            return distill(model, divergence, targets=True)
         if mode == "live":
-            return distill(model, dense, teacher=self.teacher, targets=True, vocab=self.vocab)
+            return distill(model, divergence, teacher=self.teacher, targets=True, vocab=self.vocab)
         how: Any = dict(tokens=self.answer, lam=lam, temperature=heat, eos=self.ends)
         how |= dict(targets=True, vocab=self.vocab or self.tokenizer.size)
-        return on_policy(model, dense, teacher=self.teacher, **how)
+        return on_policy(model, divergence, teacher=self.teacher, **how)
 
     def trained(
         self,

@@ -187,10 +187,14 @@ class Pictures:
         fold = partial(jax.tree.map, lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]))
         return fold(right), fold(done.params)
 
+    def _dev(self, right: np.ndarray) -> np.ndarray:
+        """Accuracy on dev [names, lrs], which makes every choice."""
+        return right[..., : self.dev].mean((-1, -2))
+
     def rows(self, right: np.ndarray, names: Sequence[str], **label: Any) -> Iterator[Row]:
         """A row per loss, learning rate and seed; dev chooses the rate of each loss."""
         dev, test = right[..., : self.dev].mean(-1), right[..., self.dev :].mean(-1)
-        best = dev.mean(-1).argmax(-1)
+        best = self._dev(right).argmax(-1)
         for at in np.ndindex(test.shape):
             row: Row = dict(block="pictures", **label, divergence=names[at[0]], seed=at[2])
             row |= dict(lr=self.lrs[at[1]], accuracy=float(test[at]), dev=float(dev[at]))
@@ -237,7 +241,7 @@ class Pictures:
 
     def matches(self, student: str) -> Iterator[Row]:
         """Features of a live teacher matched beside distillation from it; dev chooses how much of
-        the usual weight each gets, as it chooses the learning rate."""
+        the usual weight each gets, together with the learning rate."""
         teacher, count, base = self.taught[0], self.labels[0], self.model(student)
         aim = partial(_beside, LOSSES["kd T=4"])
         for name in ("none", *MATCHES):
@@ -252,7 +256,7 @@ class Pictures:
 
             names = [f"{name} x {share:g}" for share in shares]
             right, _ = self.trained(model, objective, names, count, live=True)
-            best = right[..., : self.dev].mean((1, 2, 3)).argmax() if len(shares) > 1 else 0
+            best = int(self._dev(right).max(-1).argmax())
             label: Row = dict(part="matches", student=student, mode="live", count=count)
             label["share"] = shares[best]
             yield from self.rows(right[best : best + 1], [name], **label)
@@ -276,7 +280,7 @@ class Pictures:
             aim = distill_classes(model, LOSSES[name], targets=True)
             right, params = self.trained(model, lambda row: aim, [name], count, tables=taught)
             label = dict(part="generations", student=student, mode="stored", count=number)
-            best = int(right[0, ..., : self.dev].mean((-1, -2)).argmax())
+            best = int(self._dev(right)[0].argmax())
             chosen = jax.tree.map(lambda leaf: leaf[0, best], params)
             return list(self.rows(right, [name], **label)), chosen
 

@@ -7,7 +7,7 @@ one population program, which also measures them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -35,7 +35,6 @@ from w2s_jax.train.optim import Tune
 from w2s_jax.train.population import one_of, population
 from w2s_jax.types import Array, Batch, Model, Params, Row, Table, Tree
 
-MODES = ("stored", "live", "on-policy")
 TRAIN, HELD = 81_000_000, 80_000_000  # seeds of problems that never meet
 ROWS = 50  # held-out rows that are looked at together
 LIKELY = 0.01  # what the teacher gives less is a stray token
@@ -66,11 +65,17 @@ KINDS: dict[str, tuple[Callable[..., Array], dict[str, Any]]] = {
     "adaptive_kl": (dense.adaptive_kl, {}),
     "taid": (dense.taid, {"t": ramp(0.4, 1.0, over=1.0)}),  # the linear ramp of its schedule
 }
-DENSE = {name: blind(kind, **bound) for name, (kind, bound) in KINDS.items()} | {"sft": sft}
 STORED = {
     name: blind(partial(sparse.top_k, divergence=kind), **bound)
     for name, (kind, bound) in KINDS.items()
 } | {"renormalised": blind(sparse.renormalised), "sft": sft}
+DENSE = {name: blind(kind, **bound) for name, (kind, bound) in KINDS.items()}
+LOSSES: dict[str, dict[str, Callable[..., Array]]] = {
+    "stored": STORED,
+    "live": DENSE | {"sft": sft},
+    "on-policy": DENSE,
+}
+"""What a student can learn by in each mode: own answers are no labels for sft."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +114,7 @@ class Zoo:
             raise UserError(f"{self.teacher} has no end token: answers would never end")
         return self.said[2].eos
 
-    def table(self, seed: int, count: int, avoid: set[str] = frozenset()) -> Table:  # pyright: ignore
+    def table(self, seed: int, count: int, avoid: Collection[str] = ()) -> Table:
         """``count`` solved problems as tokens, with ``targets`` and ``asked``."""
         tokenizer = self.said[2]
         drawn = arithmetic.draw(seed, count + count // 8, steps=self.steps, avoid=avoid)
@@ -125,6 +130,10 @@ class Zoo:
     @cached_property
     def held_out(self) -> Table:
         """Dev problems, then test problems."""
+        if (self.dev + self.test) % ROWS:
+            raise UserError(
+                f"dev ({self.dev}) and test ({self.test}) must add up to a multiple of {ROWS}"
+            )
         return self.table(HELD, self.dev + self.test)
 
     @cached_property
@@ -162,7 +171,7 @@ class Zoo:
         teacher, weights, _ = self.said
         runs = [(n, lr, s) for n in range(len(names)) for lr in self.lrs for s in range(self.seeds)]
         self.ctx.say(f"  {mode}: {len(runs)} runs of {self.tune.total(self.problems)} updates")
-        losses = [(STORED if mode == "stored" else DENSE)[name] for name in names]
+        losses = [LOSSES[mode][name] for name in names]
         tables = self.tables
         if mode == "stored":
             folder = self.ctx.folder("teacher", {"weights": digest(weights), "top": self.top})
@@ -215,8 +224,6 @@ class Zoo:
         said = predict(_logits(teacher), weights, table, batch=ROWS)
         names = ("tokens", "segment", "position", "targets")
         batch = {**Table({n: table[n] for n in names}).batch(np.arange(len(table))), "said": said}
-        if len(table) % ROWS:
-            raise UserError(f"dev and test must add up to a multiple of {ROWS}, not {len(table)}")
         blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, ROWS, *leaf.shape[1:]), batch)
         index = [*range(self.own), *range(self.dev, self.dev + self.own)]
         prompts = table.take(index).batch(np.arange(len(index)))["asked"]
