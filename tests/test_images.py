@@ -1,6 +1,7 @@
 """Pictures from files, by name and from scikit-learn: disjoint, scaled, refused in one line."""
 
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,20 @@ def test_tables_are_disjoint_and_every_seed_has_the_same_rows(tmp_path) -> None:
     assert np.array_equal(number % 3, one.train["truth"])
 
 
+def test_classes_are_those_of_the_source_whichever_rows_are_drawn(tmp_path) -> None:
+    path = archive(tmp_path / "some.npz", y_train=np.arange(20))
+    shown = images.load(path, seed=0, train=3, dev=1, test=1)
+    assert shown.train["label"].shape == (3, 20) and shown.test["label"].shape == (1, 20)
+    assert images.load("", seed=0, train=2, dev=0, test=1).train["label"].shape == (2, 10)
+
+
+def test_negative_pictures_lie_between_minus_1_and_0(tmp_path) -> None:
+    below = -np.arange(20.0)[:, None, None].repeat(4, 1).repeat(3, 2)
+    path = archive(tmp_path / "some.npz", x_train=below)
+    shown = images.load(path, seed=0, train=20, dev=0, test=1).train["image"]
+    assert (shown.min(), shown.max()) == (-1.0, 0.0)
+
+
 def test_digits_need_no_file() -> None:
     shown, truth = images.pictures("", 30, 10)
     assert shown.shape == (40, 8, 8, 1) and shown[:30].max() == 1.0
@@ -78,7 +93,11 @@ def test_a_name_is_read_by_tensorflow_datasets(monkeypatch) -> None:
         ({"x_test": np.zeros((6, 4, 4))}, "differ in the shape"),
         ({"y_train": np.zeros(20)}, "y_train must be 20 class numbers"),
         ({"y_test": np.full(6, -1)}, "y_test must be 6 class numbers"),
-        ({"x_train": np.full((20, 4, 3), np.nan)}, "NaN or infinite"),
+        ({"x_train": np.full((20, 4, 3), np.nan)}, "NaN, infinite or beyond float32"),
+        ({"x_test": np.full((6, 4, 3), 1e300)}, "NaN, infinite or beyond float32"),
+        ({"x_train": np.zeros((20, 0, 3))}, r"x_train must be numbers .* \[20, 0, 3\]"),
+        ({"x_train": np.zeros((20, 3, 8, 8))}, r"channels first; .*transpose\(0, 2, 3, 1\)"),
+        ({"y_train": np.full(20, 2**40)}, "y_train has the class 1099511627776; number"),
     ],
 )
 def test_faults_of_a_file_are_told(tmp_path, change, words) -> None:
@@ -96,3 +115,23 @@ def test_files_that_are_none_are_told(tmp_path) -> None:
         images.load(tmp_path / "other.npz", seed=0, train=1, dev=1, test=1)
     with pytest.raises(UserError, match="cifar11 is not a readable npz file"):
         images.load("cifar11", seed=0, train=1, dev=1, test=1)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    (tmp_path / "empty.npz").touch()
+    np.savez_compressed(tmp_path / "broken.npz", **dict(np.load(path)))
+    torn = bytearray((tmp_path / "broken.npz").read_bytes())
+    torn[97] ^= 0xFF
+    (tmp_path / "broken.npz").write_bytes(torn)
+    with zipfile.ZipFile(tmp_path / "text.zip", "w") as file:
+        for name in images.PARTS:
+            file.writestr(name, "words")
+    for name in ("single.npy", "empty.npz", "broken.npz", "text.zip"):
+        with pytest.raises(UserError, match=f"{name}(: x_train| is not)") as caught:
+            images.load(tmp_path / name, seed=0, train=1, dev=1, test=1)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [(0, 0, 1), (-1, 5, 1), (5, -1, 1), (5, 1, -1)])
+def test_sizes_below_none_are_told(tmp_path, asked) -> None:
+    path = archive(tmp_path / "some.npz")
+    with pytest.raises(UserError, match="or more|at least one"):
+        images.load(path, seed=0, **dict(zip(("train", "dev", "test"), asked, strict=True)))
