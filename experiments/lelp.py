@@ -101,9 +101,15 @@ PRESETS = {
 
 
 def load(cfg: Config) -> Pool:
-    """The rows of ``cfg``; which are for test does not depend on the seed."""
+    """The rows of ``cfg``; which are for test does not depend on the seed.
+
+    Raises:
+      UserError: fewer classes than asked for; as ``images.pictures``.
+    """
     known = cfg.train + cfg.dev
     image, truth = images.pictures(cfg.data, known, cfg.test, download=cfg.download)
+    if truth.max() < cfg.classes - 1:
+        raise UserError(f"--classes {cfg.classes}: the data has only {truth.max() + 1} classes")
     drawn = [np.random.default_rng([2, seed]).permutation(known) for seed in range(cfg.seeds)]
     order = np.stack(drawn)
     dev, taught = order[:, : cfg.dev], order[:, cfg.dev :]

@@ -22,7 +22,7 @@ EMBEDDING = RNG.normal(size=(40, 6)) * np.array([5.0, 3.0, 2.0, 1.0, 0.5, 0.2]) 
 
 
 def test_directions_are_the_principal_ones() -> None:
-    found = lelp.principal(EMBEDDING, LABEL)
+    found = lelp.principal(EMBEDDING, LABEL, 2)
     for number in (0, 1):
         values, vectors = np.linalg.eigh(np.cov(EMBEDDING[number == LABEL].T, bias=True))
         same = np.abs(np.einsum("ds,ds->s", found.vectors[number], vectors[:, ::-1]))
@@ -36,7 +36,7 @@ def test_directions_are_the_principal_ones() -> None:
 
 
 def test_rotation_keeps_lengths_and_evens_the_variances() -> None:
-    found = lelp.principal(EMBEDDING, LABEL)
+    found = lelp.principal(EMBEDDING, LABEL, 2)
     plain = lelp.projections(found, EMBEDDING, 3, rotate=False)
     turned = [lelp.projections(found, EMBEDDING, 3, seed=seed) for seed in range(200)]
     np.testing.assert_allclose(np.square(turned[0]).sum(-1), np.square(plain).sum(-1))
@@ -47,7 +47,7 @@ def test_rotation_keeps_lengths_and_evens_the_variances() -> None:
 
 def test_what_the_logits_show_is_taken_out() -> None:
     weights = RNG.normal(size=(6, 2))
-    found = lelp.principal(EMBEDDING, LABEL, weights)
+    found = lelp.principal(EMBEDDING, LABEL, 2, weights)
     np.testing.assert_allclose(np.einsum("cds,dk->csk", found.vectors, weights), 0.0, atol=1e-9)
     moved = EMBEDDING + RNG.normal(size=(40, 2)) @ weights.T
     before, after = (lelp.projections(found, one, 3) for one in (EMBEDDING, moved))
@@ -55,7 +55,7 @@ def test_what_the_logits_show_is_taken_out() -> None:
     with pytest.raises(UserError, match="5 subclasses, but classes have 4 directions"):
         lelp.projections(found, EMBEDDING, 5)
     with pytest.raises(UserError, match="3 subclasses, but classes have 2 directions"):
-        lelp.projections(lelp.principal(EMBEDDING[:4], LABEL[:4]), EMBEDDING, 3)
+        lelp.projections(lelp.principal(EMBEDDING[:4], LABEL[:4], 2), EMBEDDING, 3)
 
 
 def test_targets_sum_to_the_class_probabilities() -> None:
@@ -178,6 +178,16 @@ def test_every_arm_teaches_a_distribution(arm) -> None:
         assert np.array_equal(taught[np.arange(36), LABEL[:36]].argmax(-1), one.fine[:36])
 
 
+@pytest.mark.parametrize(
+    ("arm", "words"), [("lelp", "classes have 0 directions"), ("k-means", "class with 0 rows")]
+)
+def test_a_class_that_the_teacher_never_names_is_told(arm, words) -> None:
+    one, heard = pool()
+    heard["logits"][0, 0, :, 1, 0] = -9.0  # always the first
+    with pytest.raises(UserError, match=words):
+        lelp.targets(one, heard, Setting(0, arm, 2, 0.3), (1, 3), {})
+
+
 def row(arm: str, seed: int, dev: float, accuracy: float, **more) -> dict:
     base = {"splits": 1, "beta": 0.0, "tau": 1.0, "weight": 0.0, "lr": 0.1}
     return (
@@ -238,6 +248,7 @@ def test_dev_chooses_and_test_has_no_say() -> None:
         ({"betas": (0.0,)}, "above 0"),
         ({"rows": 2000}, "within --train"),
         ({"classes": 1}, "two or more"),
+        ({"classes": 11}, "has only 10 classes"),
         ({"student": "mlp-x"}, "names no trunk"),
         ({"data": "missing.npz"}, "not a readable npz"),
         ({"train": 3000}, "ask for fewer"),

@@ -68,16 +68,16 @@ class Principal:
 
 
 def principal(
-    embeddings: np.ndarray, classes: np.ndarray, weights: np.ndarray | None = None
+    embeddings: np.ndarray, classes: np.ndarray, count: int, weights: np.ndarray | None = None
 ) -> Principal:
     """The principal directions of each class's embeddings [N,D], as many as every class has.
 
     Args:
-      classes: [N], what the teacher says (its argmax), so that no label is needed.
+      classes: [N] of ``count``, what the teacher says (its argmax), so that no label is needed.
       weights: the teacher's output weights [D,C]: their column space, which the logits show
         already, is taken out of the embeddings first (the "null space"). None: it is kept.
     """
-    width, count = embeddings.shape[1], int(classes.max()) + 1
+    width = embeddings.shape[1]
     outside = np.zeros((width, 0)) if weights is None else _column_space(weights)
     inside = embeddings - embeddings @ outside @ outside.T
     room = min(width - outside.shape[1], *np.bincount(classes, minlength=count))
@@ -137,13 +137,23 @@ def divide(probabilities: np.ndarray, groups: np.ndarray, splits: int) -> np.nda
 
 
 def clusters(
-    embeddings: np.ndarray, classes: np.ndarray, rows: np.ndarray, splits: int, seed: int
+    embeddings: np.ndarray,
+    classes: np.ndarray,
+    count: int,
+    rows: np.ndarray,
+    splits: int,
+    seed: int,
 ) -> np.ndarray:
-    """Groups [N,C]: the nearest of ``splits`` k-means centres of each class, found on ``rows``."""
+    """Groups [N,C]: the nearest of ``splits`` k-means centres of each of ``count`` classes, found
+    on ``rows``.
+
+    Raises:
+      UserError: a class has fewer rows.
+    """
     from sklearn.cluster import KMeans
 
     groups = []
-    for number in range(int(classes.max()) + 1):
+    for number in range(count):
         members = embeddings[rows[classes[rows] == number]]
         if len(members) < splits:
             raise UserError(f"{splits} clusters of a class with {len(members)} rows: ask for fewer")
@@ -170,27 +180,27 @@ def targets(
     logits = heard["logits"][one.seed, :, : pool.known]
     plain, embedding = logits[0, ..., 0], heard["embedding"][one.seed, : pool.known]
     chances = _softmax(plain / one.tau)
-    named = plain.argmax(-1)
+    named, count = plain.argmax(-1), chances.shape[-1]
     if one.arm == "truth":
-        return np.eye(chances.shape[-1])[label][..., None]
+        return np.eye(count)[label][..., None]
     if one.arm == "subclass":
         own = logits[counts.index(one.splits), ..., : one.splits] / one.tau
         return _softmax(own.reshape(len(own), -1)).reshape(own.shape)
     if one.arm == "lelp":
         weights = heard["kernel"][one.seed] if one.off_logits else None
-        seen = embedding[rows], named[rows], weights
+        seen = embedding[rows], named[rows], count, weights
         found = _once(memo, (one.seed, one.off_logits), lambda: principal(*seen))
         turn = {"rotate": one.rotate, "seed": one.seed}
         return soften(chances, projections(found, embedding, one.splits, **turn), one.beta)
     if one.arm == "k-means":
-        seen = embedding, named, rows, one.splits, one.seed
+        seen = embedding, named, count, rows, one.splits, one.seed
         groups = _once(memo, (one.seed, "clusters", one.splits), lambda: clusters(*seen))
         return divide(chances, groups, one.splits)
     if one.arm == "random":
         rng = np.random.default_rng([3, one.seed, one.splits])
         return divide(chances, rng.integers(0, one.splits, chances.shape), one.splits)
     if one.arm == "oracle":
-        own = np.arange(chances.shape[-1]) == label[:, None]
+        own = np.arange(count) == label[:, None]
         groups = np.where(own, pool.fine[: pool.known, None], -1)
         return divide(chances, groups, one.splits)
     return chances[..., None]  # distillation, with the embedding or without
