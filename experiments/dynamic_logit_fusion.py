@@ -105,10 +105,10 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # one architecture, and prompts of one size: little to compile
     "tiny": dict(
-        large="nano-2", base="nano-1", alphas=(1.0,), seeds=2, general=32, few=8, solutions=32,
-        dev=4, test=12, steps=(1,), length=56, answer=12,
-        tune=replace(TUNE, epochs=1.0),
+        large="nano-1@1", base="nano-1", alphas=(1.0,), seeds=2, general=32, few=8, solutions=32,
+        dev=4, test=12, answer=12, tune=replace(TUNE, epochs=1.0),
     ),
     # The card: 13B steered by LoRA experts of rank 64 (Adam, lr 1e-4, batch 128, 3 epochs), greedy
     # at batch 256. Full fine-tuning of the experts has lr 2e-5. The adapters' alpha, warm-up and

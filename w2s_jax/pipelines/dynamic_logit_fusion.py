@@ -39,6 +39,7 @@ SCHOOLS = (*TASKS, "all")  # what specialists learn
 SPOKEN = {"+": "more", "-": "less", "*": "times", "/": "of"}
 LARGEST = 99  # of any number of the world
 DYNAMIC = "dynamic"
+SCORED = 64  # rows of reference answers at once
 # seeds of problems that never meet
 DEV, TEST, GENERAL, FEW, SOLUTIONS = (80_000_000 + 1_000_000 * i for i in range(5))
 
@@ -164,7 +165,7 @@ def together(crew: Crew, rule: Rule, exam: Exam, *, batch: int = 128) -> Heard:
     """Greedy answers of models joined by a rule, and what they say of the reference answers."""
     key = jax.random.key(0)
     said = generate(exam.table, crew, rule, key=key, tokens=exam.tokens, batch=batch)
-    found = score(crew, rule, exam.table, batch=min(batch, 64))
+    found = score(crew, rule, exam.table, batch=min(batch, SCORED))
     counts = (np.asarray(exam.table["mask"])[:, 1:] > 0).sum(1)
     right = _judged(exam, list(said["response"]))
     return Heard(right, -found.logps.sum(1), counts, list(said["alpha"]), list(said["expert"]))
@@ -371,8 +372,8 @@ def identity(world: World, who: Cast, seed: int, rule: Rule) -> Iterator[Row]:
     base = one(who.base, seed)
     for task, exam in world.exams.items():
         people = crew(base, base, [one(who.experts[task], seed)])
-        found = score(people, rule, exam.table.take(np.arange(exam.dev, len(exam.table))))
-        moved = found.alpha > 0
+        found = score(people, rule, exam.table, batch=SCORED).alpha[exam.dev :]
+        moved = found > 0
         if moved.any():
-            ones = float((found.alpha[moved] == 1).mean())
+            ones = float((found[moved] == 1).mean())
             yield dict(block="identity", task=task, seed=seed, ones=ones, tokens=int(moved.sum()))
