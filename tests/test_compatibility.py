@@ -40,6 +40,15 @@ def by_hand(student, old, new, y, drawn, weight):
     return weight * kl - (1 - weight) * np.log(softmax(student)[y])
 
 
+def test_half_precision_logits_lose_nothing_more():
+    student, old, new = (jnp.bfloat16(x) for x in (STUDENT, OLD, NEW))
+    exact = [x.astype(jnp.float32) for x in (student, old, new)]
+    for weight in (0.0, 0.5):
+        got = FAST(student, [old, new], TARGETS, weight=weight)
+        want = FAST(exact[0], exact[1:], TARGETS, weight=weight)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("mask", ALL)
 def test_every_mask_by_hand(mask, weight):

@@ -82,6 +82,18 @@ def test_labels_are_needed() -> None:
         classify(PROBE, soft_xent)(EYE, state(), {"label": batch()["label"]}, KEY)
 
 
+def test_what_an_objective_lacks_is_said() -> None:
+    tokens = {"tokens": np.zeros((1, 3), np.int32)}
+    with pytest.raises(UserError, match="column 'label', the batch has .'features'"):
+        classify(PROBE, soft_xent)(EYE, state(), {"features": batch()["features"]}, KEY)
+    with pytest.raises(UserError, match="column 'mask', the batch has .'tokens'"):
+        language(bigram())(jnp.log(TABLE), state(), tokens, KEY)
+    with pytest.raises(UserError, match="needs class logits"):
+        classify(bigram(), soft_xent)(jnp.log(TABLE), state(), tokens, KEY)
+    with pytest.raises(UserError, match="needs a model of tokens"):
+        language(PROBE)(EYE, state(), batch(), KEY)
+
+
 # A bigram model: token t predicts u with chance TABLE[t, u].
 TABLE = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.6, 0.2, 0.2]], np.float32)
 

@@ -310,6 +310,18 @@ def test_what_is_wrong_is_said_in_a_line():
     check([remembered(6)], "pass memory=match_memory")
     changed = partial(augmented, augment=lambda key, image: image[:, ::-1])
     check([], "something else than the batch", main=lambda s, t: changed(classify(s, soft_xent)))
+    objective, batch = (
+        match(STUDENT, TEACHER, [Term(f.hint, 0, 0, head=linear())], taught),
+        whole(pictures()),
+    )
+    plain = STUDENT.init(KEY)
+    for params, now, words in (
+        (plain, state(), r"no 'student' .*\['head', 'kernel'\]; with_projections makes them"),
+        ({"student": plain, "projections": {}}, state(), r"term 0 .*no '0' among"),
+        ({"student": plain, "projections": {}}, replace(state(), frozen=()), "frozen={'teacher'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            jax.eval_shape(objective, params, now, batch, KEY)
     with pytest.raises(UserError, match="which has 2"):
         with_projections(STUDENT, TEACHER, [Term(f.hint, 5, head=linear())], pictures())
     with pytest.raises(UserError, match="column 'group'"):

@@ -156,3 +156,6 @@ def test_a_missing_memory_or_numbering_is_refused():
     without = {name: column for name, column in BATCH.items() if name != "group"}
     with pytest.raises(UserError, match="group"):
         selective(MODEL)(PARAMS, state, without, jax.random.key(0))
+    state, _ = begin(selective_memory(7))
+    with pytest.raises(UserError, match=r"selective_memory\(7\) is for 7 classes, not"):
+        selective(MODEL)(PARAMS, state, BATCH, jax.random.key(0))

@@ -82,7 +82,7 @@ def compatibility(
       weight: of the distillation (lambda, not reported in the paper); may be traced.
 
     Returns:
-      [...] nats.
+      [...] nats, float32.
 
     Raises:
       UserError: not two teachers.
@@ -98,6 +98,7 @@ def compatibility(
 
 
 def _logp(logits: Array, targets: Array) -> Array:
-    """Log-probability of the targets, [..., V] and [...] -> [...]."""
+    """Log-probability of the targets, [..., V] and [...] -> [...] float32."""
+    logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

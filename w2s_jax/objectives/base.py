@@ -34,10 +34,13 @@ def classify(model: Model, loss: Callable[..., Array]) -> Objective:
 
     The optional column ``weight`` [B] weighs examples. Metric ``agreement``: how often the argmax
     equals that of the label.
+
+    Raises:
+      UserError: a batch without ``label``, a model of tokens.
     """
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
-        logits, labels = forward(model, params, batch).logits, batch["label"]
+        logits, labels = classes(model, params, batch), needed(batch, "label")
         weight = batch.get("weight", jnp.ones(logits.shape[0], jnp.float32))
         losses = at(loss, state.progress)(logits, labels)
         agree = (logits.argmax(-1) == labels.argmax(-1)).astype(jnp.float32)
@@ -87,6 +90,29 @@ def on_base(objective: Objective) -> Objective:
     return adapted
 
 
+def classes(model: Model, params: Params, batch: Batch) -> Array:
+    """Class logits [B,C] of a classifier.
+
+    Raises:
+      UserError: the model is none.
+    """
+    logits = forward(model, params, batch).logits
+    if logits is None:
+        raise UserError("the objective needs class logits; put heads.classifier on the model")
+    return logits
+
+
+def needed(batch: Batch, name: str) -> Array:
+    """The column ``name``.
+
+    Raises:
+      UserError: the batch lacks it.
+    """
+    if name not in batch:
+        raise UserError(f"the objective needs the column {name!r}, the batch has {sorted(batch)}")
+    return batch[name]
+
+
 def frozen(state: State, name: str) -> Params:
     """The frozen weights ``name``.
 
@@ -122,10 +148,17 @@ class Predicted:
 
 def predicted(model: Model, params: Params, batch: Batch) -> Predicted:
     """The model's hidden states where a token is predicted: at ``targets`` where the batch has
-    them (so that prompts never reach the vocabulary head), else at all tokens but the last."""
+    them (so that prompts never reach the vocabulary head), else at all tokens but the last.
+
+    Raises:
+      UserError: a model of classes, or a batch with neither ``targets`` nor ``mask``.
+    """
     output = forward(model, params, batch)
+    if output.hidden is None:
+        raise UserError("the objective needs a model of tokens, this one gives classes")
     if "targets" not in batch:
-        parts = (output.hidden[:, :-1], batch["tokens"][:, 1:], batch["mask"][:, 1:])
+        mask = needed(batch, "mask")
+        parts = (output.hidden[:, :-1], batch["tokens"][:, 1:], mask[:, 1:])
     else:
         targets = batch["targets"]
         hidden = jnp.take_along_axis(output.hidden, targets["at"][..., None], axis=1)

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
 from w2s_jax.losses.classification import soft_xent
-from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, forward
+from w2s_jax.objectives.base import classes, needed
+from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
 
 Memory = dict[str, Any]
 ROUNDING = 1e-6  # the mean of equal numbers may come out above them
@@ -81,12 +82,17 @@ def selective(
       per_selected: 0 divides the loss by the batch, 1 by the sum of the weights.
 
     Raises:
-      UserError: a state without the memory; a memory that counts rows, and no column ``group``.
+      UserError: a state without the memory, or with one of other classes; a memory that counts
+        rows, and no column ``group``.
     """
 
     def objective(params: Params, state: State, batch: Batch, key: Array):
         memory = _begun(state, decay)
-        logits, labels = forward(model, params, batch).logits, batch["label"]
+        logits, labels = classes(model, params, batch), needed(batch, "label")
+        if (made := len(memory["seen"])) != labels.shape[-1]:
+            raise UserError(
+                f"selective_memory({made}) is for {made} classes, not {labels.shape[-1]}"
+            )
         named, conf, unc = signals(logits, labels)
         least = moving * thresholds(memory) + (1.0 - moving) * jnp.array(fixed)[:, None] - ROUNDING
         confident = conf >= teacher * least[0][named]
@@ -156,8 +162,8 @@ def _noted(
     memory: Memory, named: Array, conf: Array, unc: Array, chosen: Array, batch: Batch
 ) -> Memory:
     """The memory with this part of the update's batch added."""
-    classes = jax.nn.one_hot(named, memory["seen"].shape[0])
-    part = jnp.stack([conf, unc, jnp.ones_like(conf)]) @ classes
+    which = jax.nn.one_hot(named, memory["seen"].shape[0])
+    part = jnp.stack([conf, unc, jnp.ones_like(conf)]) @ which
     memory = memory | {"sums": memory["sums"] + part}
     if "picked" not in memory:
         return memory
