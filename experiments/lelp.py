@@ -34,6 +34,7 @@ from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.models import trunks
 from w2s_jax.pipelines import lelp
 from w2s_jax.pipelines.lelp import HOT, SPLIT, Pool, Setting
+from w2s_jax.pipelines.probes import check_choices
 from w2s_jax.record import Context
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Array, Batch, Params, Row, Table, forward
@@ -301,12 +302,14 @@ def chosen(rows: list[Row]) -> list[Row]:
 
 
 def _check(cfg: Config) -> None:
-    if min(cfg.splits, default=0) < 2 or not (cfg.betas and cfg.taus and cfg.weights and cfg.lrs):
-        raise UserError("--splits need 2 or more each; --betas, --taus, --weights, --lrs one entry")
+    chosen_from = {name: getattr(cfg, name) for name in ("betas", "taus", "weights", "lrs")}
+    check_choices(splits=cfg.splits, **chosen_from)
+    if min(cfg.splits) < 2:
+        raise UserError("--splits need 2 or more each")
     if 1.0 not in cfg.taus:
         raise UserError("--taus must have 1.0: distillation at temperature 1 is an arm")
-    if min(*cfg.betas, *cfg.taus, *cfg.lrs) <= 0 or min(cfg.weights) < 0:
-        raise UserError("--betas, --taus, --lrs must be above 0, --weights 0 or more")
+    if not 0 <= cfg.apart < np.inf:
+        raise UserError(f"--apart {cfg.apart} must be 0 or more")
     if min(cfg.rows, cfg.dev, cfg.test, cfg.seeds) < 1 or not cfg.rows <= cfg.train:
         raise UserError("--dev, --test, --seeds and --rows must be above 0, --rows within --train")
     if cfg.classes < 2:

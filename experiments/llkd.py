@@ -30,7 +30,7 @@ from w2s_jax.metrics.rows import overview, summarise, values, where
 from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.pipelines import llkd
 from w2s_jax.pipelines.llkd import ARMS, RANDOM, TEACHERS, Learnt, Setting, World
-from w2s_jax.pipelines.probes import best_of
+from w2s_jax.pipelines.probes import best_of, check_choices
 from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
@@ -197,12 +197,11 @@ def _check(cfg: Config) -> None:
         raise UserError(f"--decay {cfg.decay} must be in [0, 1)")
     if not 1 / cfg.classes < cfg.least <= 1:
         raise UserError(f"--least {cfg.least} must be above chance (1 / classes) and at most 1")
-    if not 0 <= cfg.overlap <= 1 or cfg.length < 5:
+    if not (0 <= cfg.overlap <= 1 and 5 <= cfg.length < np.inf):
         raise UserError("--overlap must be in [0, 1] and --length 5 or more")
-    if not cfg.lrs:
-        raise UserError("--lrs needs one learning rate at least")
-    for lr in cfg.lrs:
-        replace(cfg.tune, lr=lr)  # refuses a rate that is none
+    if not all(0 <= least <= 1 for least in cfg.fixed):
+        raise UserError(f"--fixed {cfg.fixed[0]} {cfg.fixed[1]}: thresholds lie in [0, 1]")
+    check_choices(lrs=cfg.lrs)
 
 
 def claims(rows: list[Row]) -> list[dict[str, Any]]:

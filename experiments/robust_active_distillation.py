@@ -30,6 +30,7 @@ from w2s_jax.metrics.rows import overview, summarise, values, where
 from w2s_jax.metrics.statistics import claim, interval
 from w2s_jax.models.heads import linear, mlp
 from w2s_jax.pipelines.active_distillation import MADE_UP, World, choices, students, taught
+from w2s_jax.pipelines.probes import check_choices
 from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
@@ -143,12 +144,10 @@ def _check(cfg: Config) -> None:
         raise UserError("--seeds, --teachers, --hidden, --budget and the parts of the data: from 1")
     if cfg.budget > cfg.pool:
         raise UserError(f"--budget {cfg.budget} is more than the pool of {cfg.pool} rows")
-    if not (cfg.lrs and cfg.temperatures) or min(cfg.temperatures, default=1.0) <= 0:
-        raise UserError("--lrs and --temperatures need one entry above 0 each at least")
-    if len(cfg.flips) < 2 or not all(0 <= share <= 1 for share in cfg.flips):
-        raise UserError("--flips needs two shares in [0, 1] at least")
-    for lr in cfg.lrs:
-        replace(cfg.tune, lr=lr)  # refuses a rate that is none
+    check_choices(lrs=cfg.lrs, temperatures=cfg.temperatures, teachers=cfg.teachers)
+    twice = len(set(cfg.flips)) < len(cfg.flips)
+    if len(cfg.flips) < 2 or twice or not all(0 <= share <= 1 for share in cfg.flips):
+        raise UserError("--flips needs two shares in [0, 1] at least, none twice")
 
 
 def claims(rows: list[Row]) -> list[dict[str, Any]]:

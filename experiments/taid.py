@@ -242,7 +242,7 @@ def _check(cfg: Config) -> None:
         raise UserError(
             "--seeds, --tuned, --rows, --dev, --test, --rounds and --points (2) must be above 0"
         )
-    if not 0 <= cfg.start < 1 or cfg.ratio <= 1:
+    if not (0 <= cfg.start < 1 and 1 < cfg.ratio < np.inf):
         raise UserError("--start must be from 0 to below 1, --ratio above 1")
 
 

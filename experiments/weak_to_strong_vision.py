@@ -40,7 +40,14 @@ from w2s_jax.metrics.gap import agreement, agreement_on_errors, pgr
 from w2s_jax.metrics.rows import summarise, where
 from w2s_jax.metrics.statistics import Interval, claim, interval, median_interval, paired_bootstrap
 from w2s_jax.models.vision import patch_bank, patch_features, thumbnails
-from w2s_jax.pipelines.probes import Setting, best_rate, one_hot, supervisors, train
+from w2s_jax.pipelines.probes import (
+    Setting,
+    best_rate,
+    check_choices,
+    one_hot,
+    supervisors,
+    train,
+)
 from w2s_jax.record import Context
 from w2s_jax.train import drafts
 from w2s_jax.train.optim import Tune
@@ -226,12 +233,11 @@ def plan(cfg: Config) -> Draft:
 def _check(cfg: Config) -> None:
     if unknown := sorted(set(cfg.losses) - set(LOSSES)):
         raise UserError(f"--losses: {', '.join(unknown)} unknown; choose from {', '.join(LOSSES)}")
-    if not (cfg.losses and cfg.lrs and cfg.sides):
-        raise UserError("--losses, --lrs and --sides need one entry each at least")
+    check_choices(lrs=cfg.lrs, sides=cfg.sides)
+    if len(set(cfg.losses)) < max(1, len(cfg.losses)):
+        raise UserError("--losses needs one entry at least, none twice")
     if cfg.dev == 0 and len(cfg.lrs) > 1:
         raise UserError("--dev 0 leaves nothing to choose a learning rate on: give one in --lrs")
-    for lr in cfg.lrs:
-        replace(cfg.tune, lr=lr)  # refuses a rate that is none
     if min(cfg.train // 2, cfg.test, cfg.dev + 1, cfg.points, cfg.filters) < 1:
         raise UserError("--train (2 or more), --test, --points, --filters must be above 0")
 

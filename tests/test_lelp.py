@@ -244,6 +244,9 @@ def test_dev_chooses_and_test_has_no_say() -> None:
     [
         ({"splits": (1, 2)}, "--splits need 2"),
         ({"betas": ()}, "one entry"),
+        ({"lrs": (0.1, 0.1)}, "none twice"),
+        ({"weights": (float("nan"),)}, "above 0"),
+        ({"apart": float("nan")}, "--apart"),
         ({"taus": (2.0,)}, "must have 1.0"),
         ({"betas": (0.0,)}, "above 0"),
         ({"rows": 2000}, "within --train"),

@@ -118,6 +118,8 @@ def test_claims_follow_the_numbers():
         (["--least", "0.1"], "least"),
         (["--decay", "1"], "decay"),
         (["--lrs"], "lrs"),
+        (["--lrs", "0.01", "0.01"], "none twice"),
+        (["--fixed", "nan", "0.5"], "fixed"),
         (["--data", "absent.jsonl"], "absent"),
         (["--data", "bad.jsonl"], "label"),
         (["--overlap", "2"], "overlap"),

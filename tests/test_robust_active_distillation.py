@@ -100,6 +100,7 @@ def test_arms_choose_what_they_say():
         (["--pool", "2000"], "1797"),
         (["--temperatures", "0"], "temperatures"),
         (["--flips", "0.1"], "flips"),
+        (["--temperatures", "1", "1"], "none twice"),
         (["--teachers", "0"], "teachers"),
         (["--data", "absent.npz"], "absent.npz"),
     ],

@@ -148,6 +148,19 @@ def best_of(marks: Iterable[tuple[Any, Any, float]]) -> dict[Any, Any]:
     return {group: max(own, key=own.__getitem__) for group, own in means.items()}
 
 
+def check_choices(**lists: Sequence[float]) -> None:
+    """Numbers to choose from, by the name of their flag.
+
+    Raises:
+      UserError: none, one that is not above 0, or one twice: its runs would pass for more seeds.
+    """
+    for name, numbers in lists.items():
+        fit = all(0 < number < float("inf") for number in numbers)  # no NaN
+        if not (numbers and fit and len(set(numbers)) == len(numbers)):
+            given = " ".join(map(str, numbers))
+            raise UserError(f"--{name} {given}: needs one entry at least, above 0, none twice")
+
+
 def one_hot(truth: np.ndarray) -> np.ndarray:
     """Classes [N] as probabilities [N,C] float32."""
     return np.eye(int(truth.max()) + 1, dtype=np.float32)[truth]
