@@ -147,6 +147,9 @@ class Shards:
             there = (self.folder / INDEX).exists()
             if there and not set(Shards.read(self.folder).done) <= {*self.done, *self.forgotten}:
                 raise UserError(f"another process has just written {self.folder}: run this again")
+            for left in self.folder.glob(".*"):  # of a killed writer
+                with contextlib.suppress(OSError):
+                    left.unlink()
             yield
         finally:
             os.close(handle)
