@@ -24,6 +24,8 @@ from w2s_jax.objectives.spans import span_logps
 from w2s_jax.pipelines import cross_tokenizer as door
 from w2s_jax.pipelines import cross_tokenizer_recipe as recipe
 from w2s_jax.pipelines.cross_tokenizer_recipe import Bench, Setting, Side, Texts
+from w2s_jax.pipelines.cross_tokenizer_student import main as student
+from w2s_jax.pipelines.cross_tokenizer_student import shortened
 from w2s_jax.record import Context
 from w2s_jax.tokenizer import Tokenizer, train_bpe
 from w2s_jax.train.optim import Tune
@@ -241,6 +243,18 @@ def test_claims_are_of_seeds_or_of_texts() -> None:
     assert told["holds"] and told["seeds"] == 3 and told["interval"][0] > 0.01
 
 
+def test_a_tokenizer_cut_to_its_first_merges_is_the_smaller_one() -> None:
+    large, small = train_bpe(STORIES, 330), train_bpe(STORIES, 290)
+    cut = shortened(large, 290)
+    assert cut.size == 290 and {cut.bos, cut.eos, cut.pad} == {287, 288, 289}
+    for text in (*STORIES[:20], "naïve 東京 🙂\n"):
+        pieces = [[one.token(i) for i in one.encode(text)] for one in (cut, small)]
+        assert pieces[0] == pieces[1] and cut.decode(cut.encode(text)) == text
+    for wrong in (258, 331):
+        with pytest.raises(UserError, match=f"a vocabulary of {wrong}: .* 256 bytes and 3 special"):
+            shortened(large, wrong)
+
+
 def folders(root: Path) -> tuple[Path, Path]:
     for name, tokenizer, seed in zip(("mine", "theirs"), tokenizers(), (0, 1), strict=True):
         shape = Shape(vocab=tokenizer.size, width=16, layers=1, heads=2, max_length=64)
@@ -311,9 +325,8 @@ def test_real_weights_and_real_tokenizers(shared_data, tmp_path) -> None:
     teacher = llama2c.convert(
         files / "stories260K.bin", files / "tok512.model", tmp_path / "stories"
     )
-    words = Tokenizer.load(shared_data / "tokenizers" / "gpt2")
-    model = transformer(Shape(vocab=words.size, width=8, layers=1, heads=1, max_length=64))
-    hf.export(model, model.init(jax.random.key(0)), tmp_path / "student", words)
+    words = f"{shared_data / 'tokenizers' / 'gpt2'} {tmp_path / 'student'} --vocab 700"
+    student(f"{words} --width 16 --layers 1 --heads 2 --length 64".split())
     given = f"--teacher {teacher} --student {tmp_path / 'student'} --write 48 --tokens 48 "
     given += "--held 0.2 --length 64 --epochs 4 --lrs 3e-2 --arms spans --scratch --seeds 2 "
     given += f"--tune.batch 4 --quiet --workdir {tmp_path / 'run'}"
