@@ -325,8 +325,8 @@ def test_real_weights_and_real_tokenizers(shared_data, tmp_path) -> None:
     teacher = llama2c.convert(
         files / "stories260K.bin", files / "tok512.model", tmp_path / "stories"
     )
-    words = f"{shared_data / 'tokenizers' / 'gpt2'} {tmp_path / 'student'} --vocab 700"
-    student(f"{words} --width 16 --layers 1 --heads 2 --length 64".split())
+    words = f"--tokenizer {shared_data / 'tokenizers' / 'gpt2'} --out {tmp_path / 'student'} "
+    student(f"{words} --vocab 700 --width 16 --layers 1 --heads 2 --length 64".split())
     given = f"--teacher {teacher} --student {tmp_path / 'student'} --write 48 --tokens 48 "
     given += "--held 0.2 --length 64 --epochs 4 --lrs 3e-2 --arms spans --scratch --seeds 2 "
     given += f"--tune.batch 4 --quiet --workdir {tmp_path / 'run'}"

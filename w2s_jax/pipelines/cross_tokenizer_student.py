@@ -1,6 +1,6 @@
 """An untrained student with a published tokenizer, whole or cut to its first merges.
 
-  python -m w2s_jax.pipelines.cross_tokenizer_student TOKENIZER OUT --vocab 1024 --width 64
+  python -m w2s_jax.pipelines.cross_tokenizer_student --tokenizer FOLDER --out OUT --vocab 1024
 
 For ``cross_tokenizer --scratch``, where a model of a laptop's size cannot carry 50 thousand tokens.
 A byte-level BPE is cut by dropping its last merges: what is left cuts every text as the whole one
@@ -70,11 +70,10 @@ def main(argv: list[str] | None = None) -> None:
       SystemExit: 2 for a fault that the user can mend (one line on stderr).
     """
     import tyro
-    from tyro.conf import Positional
 
     def student(
-        tokenizer: Positional[str],
-        out: Positional[str],
+        tokenizer: str,
+        out: str,
         vocab: int = 0,
         width: int = 64,
         layers: int = 2,
