@@ -141,10 +141,10 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         parts=("losses", "counts"), seeds=2, teacher="nano-2", students=("nano-1",),
-        divergences=("sft", "forward_kl"),
+        divergences=("forward_kl",),
         problems=32, steps=(1,), dev=20, test=30, own=4, length=64, answer=24, lrs=(1e-3,),
         picture_teacher="mlp-32", picture_students=("mlp-8",), picture_lrs=(1e-2,),
-        picture_train=200, picture_dev=50, picture_test=100, labels=(60, 30),
+        picture_train=200, picture_dev=50, picture_test=100, labels=(60,),
         losses=("ce", "kd T=4"), modes=("stored", "on-policy"),
         picture_tune=replace(SMALL, steps=20),
         teacher_tune=replace(SMALL, lr=1e-2, steps=50),
