@@ -32,6 +32,7 @@ from w2s_jax.models.config import Config as Decoder
 from w2s_jax.models.shapes import shape
 from w2s_jax.pipelines import taid as study
 from w2s_jax.pipelines import taid_worlds as worlds
+from w2s_jax.pipelines.probes import check_choices
 from w2s_jax.pipelines.taid import METHODS, TUNING, World
 from w2s_jax.pipelines.taid_recipe import run_recipe
 from w2s_jax.record import Context
@@ -77,6 +78,8 @@ class Config:
     """Learning rates to choose from on dev."""
     start: float = 0.2
     """Where TAID's t begins: 0.2 or 0.4 in the paper, by the pair of models."""
+    alphas: tuple[float, ...] = METHODS["TAID"].alphas
+    """Adaptive steps of TAID to choose from on dev (with --data it takes the smallest)."""
     tune: Tune = TUNE
     """How the students train; its learning rate gives way to --lrs (not with --data)."""
     pictures: str = ""
@@ -111,8 +114,17 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **{"teachers": ("nano-2",), "student": ("nano-1:0.25",), "seeds": 2},
-        **{"methods": ("KL", "RKL", "TAID"), "tuned": 1, "train": 96},
-        **{"rows": 64, "dev": 16, "test": 24, "steps": (1,), "length": 48, "lrs": (1e-2,)},
+        **{"methods": ("KL", "RKL", "TAID"), "tuned": 2, "train": 96},
+        # as many runs to choose by as to report: one program for both
+        **{
+            "alphas": (3e-2,),
+            "rows": 64,
+            "dev": 16,
+            "test": 24,
+            "steps": (1,),
+            "length": 48,
+            "lrs": (1e-2,),
+        },
         **{"pictured": (200, 50, 100), "hidden": (16, 4), "rounds": 8},
     },
     # Llama-2 to TinyLlama: the pair of the paper with one tokenizer and weights that load here;
@@ -161,6 +173,7 @@ def _recipe(cfg: Config, ctx: Context) -> Iterator[Row]:
         tune=cfg.tune,
         length=cfg.length,
         begin=cfg.start,
+        alpha=min(cfg.alphas),
         held=cfg.held,
         split=cfg.split,
         count=cfg.count,
@@ -214,7 +227,7 @@ def _rows(
     cfg: Config, ctx: Context, world: World, plan: dict[str, list[str]], block: str
 ) -> list[Row]:
     """Settings chosen on dev, then every chosen one with the seeds that are reported."""
-    settings = study.grid(plan, cfg.lrs, range(TUNING, TUNING + cfg.tuned))
+    settings = study.grid(plan, cfg.lrs, range(TUNING, TUNING + cfg.tuned), cfg.alphas)
     ctx.say(f"{block}: {len(settings)} runs to choose settings, one program")
     best, rates = study.chosen(settings, study.judged(world, settings), range(cfg.seeds))
     ctx.say(f"{block}: {len(best)} runs to report, one program")
@@ -228,22 +241,23 @@ def _rows(
 def _check(cfg: Config) -> None:
     if unknown := sorted(set(cfg.methods) - set(METHODS)):
         raise UserError(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(METHODS)}")
+    check_choices(alphas=cfg.alphas, lrs=cfg.lrs)
     if cfg.data:
         return
     if missing := sorted({"KL", "TAID"} - set(cfg.methods)):
         raise UserError(f"--methods lacks {', '.join(missing)}, which the others are compared with")
-    if not (cfg.lrs and cfg.student and cfg.teachers and cfg.steps):
-        raise UserError("--lrs, --student, --teachers and --steps need one entry each at least")
-    for lr in cfg.lrs:
-        replace(cfg.tune, lr=lr)  # refuses a rate that is none
+    if not (cfg.student and cfg.teachers and cfg.steps):
+        raise UserError("--student, --teachers and --steps need one entry each at least")
+    if min(*cfg.pictured, *cfg.hidden) < 1:
+        raise UserError("--pictured and --hidden must be above 0")
     if cfg.rows > cfg.train:
         raise UserError(f"--rows {cfg.rows} are more than the {cfg.train} of --train")
     if min(cfg.seeds, cfg.tuned, cfg.rows, cfg.dev, cfg.test, cfg.rounds, cfg.points - 1) < 1:
         raise UserError(
             "--seeds, --tuned, --rows, --dev, --test, --rounds and --points (2) must be above 0"
         )
-    if not (0 <= cfg.start < 1 and 1 < cfg.ratio < np.inf):
-        raise UserError("--start must be from 0 to below 1, --ratio above 1")
+    if not (0 <= cfg.start < 1 and 1 < cfg.ratio < np.inf and max(cfg.alphas) <= 1):
+        raise UserError("--start must be from 0 to below 1, --ratio above 1, --alphas 1 at most")
 
 
 # Claims

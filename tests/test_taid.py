@@ -263,6 +263,7 @@ def test_the_recipe_brings_a_student_nearer_to_its_teacher(tmp_path):
             tune=replace(TUNE, lr=5e-3),
             length=48,
             begin=0.2,
+            alpha=0.01,
             held=0.2,
         )
     )
@@ -279,8 +280,10 @@ def test_the_recipe_brings_a_student_nearer_to_its_teacher(tmp_path):
     [
         ({"methods": ("KL", "kld", "TAID")}, "kld unknown"),
         ({"methods": ("SFT", "TAID")}, "lacks KL"),
-        ({"lrs": ()}, "one entry each"),
-        ({"lrs": (-1.0,)}, "lr"),
+        ({"lrs": ()}, "one entry at least"),
+        ({"lrs": (-1.0,)}, "lrs"),
+        ({"alphas": (0.1, 0.1)}, "none twice"),
+        ({"pictured": (10, 0, 5)}, "--pictured"),
         ({"rows": 3000}, "more than the 2000"),
         ({"tuned": 0}, "above 0"),
         ({"start": 1.0}, "--start"),
@@ -290,6 +293,13 @@ def test_bad_numbers_are_refused_before_any_work(numbers, words, tmp_path):
     cfg = replace(experiment.Config(), **numbers)
     with pytest.raises(UserError, match=words):
         next(experiment.run(cfg, Context(tmp_path, quiet=True)))
+
+
+@pytest.mark.parametrize("held", [0.0, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused_before_weights_are_read(held, tmp_path):
+    cfg = replace(experiment.Config(), data="absent.jsonl", held=held)
+    with pytest.raises(UserError, match="--held"):
+        list(experiment.run(cfg, Context(tmp_path, quiet=True)))
 
 
 def test_problems_that_do_not_fit_are_refused():

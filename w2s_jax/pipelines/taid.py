@@ -151,14 +151,17 @@ class World:
 
 
 def grid(
-    plan: Mapping[str, Sequence[str]], lrs: Sequence[float], seeds: Sequence[int]
+    plan: Mapping[str, Sequence[str]],
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    alphas: Sequence[float] = METHODS["TAID"].alphas,
 ) -> list[Setting]:
-    """Every setting of the methods that ``plan`` gives each teacher."""
+    """Every setting of the methods that ``plan`` gives each teacher; ``alphas`` are TAID's."""
     return [
         Setting(method, teacher, seed, lr, alpha)
         for teacher, methods in plan.items()
         for method in methods
-        for alpha in METHODS[method].alphas
+        for alpha in (alphas if method == "TAID" else METHODS[method].alphas)
         for lr in lrs
         for seed in seeds
     ]

@@ -59,9 +59,9 @@ def conversations(
     return tokenise(table, tokenizer, length=length, on_long="truncate", eos=True)
 
 
-def objective_of(name: str, model: Model, teacher: Model, begin: float) -> Objective:
-    """The objective of a method of ``taid.METHODS`` with a live teacher; TAID's adaptive step is
-    the smallest that the method has."""
+def objective_of(name: str, model: Model, teacher: Model, begin: float, alpha: float) -> Objective:
+    """The objective of a method of ``taid.METHODS`` with a live teacher; ``alpha`` is the adaptive
+    step of TAID, the other methods have their own."""
     method = METHODS[name]
     if method.truth:
         return language(model)
@@ -69,9 +69,8 @@ def objective_of(name: str, model: Model, teacher: Model, begin: float) -> Objec
     def divergence(student: Array, said: Array, *, t: Array) -> Array:
         return method.divergence(student, said, t)
 
-    return taid(
-        model, teacher=teacher, divergence=divergence, start=begin, alpha=min(method.alphas)
-    )
+    step = alpha if name == "TAID" else method.alphas[0]
+    return taid(model, teacher=teacher, divergence=divergence, start=begin, alpha=step)
 
 
 def run_recipe(
@@ -84,6 +83,7 @@ def run_recipe(
     tune: Tune,
     length: int,
     begin: float,
+    alpha: float,
     held: float,
     split: str = "",
     count: int = 0,
@@ -98,6 +98,8 @@ def run_recipe(
       UserError: nothing held out or left to train on; vocabularies that differ; see
         ``conversations``, ``hf.load``, ``fit``.
     """
+    if not 0 < held < 1:
+        raise UserError(f"--held {held:g} must be a share of the rows, between 0 and 1")
     mesh = meshes.make_mesh(ctx.mesh) if ctx.mesh else None
     model, params, tokenizer = hf.load(student, mesh=mesh, compute=compute, remat=remat)
     other, theirs, words = hf.load(teacher, mesh=mesh, dtype=compute, compute=compute)
@@ -114,9 +116,11 @@ def run_recipe(
     yield about | {"method": "student"} | judged(model, params, other, theirs, test, mesh)
     for name in methods:
         truth = METHODS[name].truth
-        folder = ctx.folder(f"train-{name}", weights | {"tune": tune, "begin": begin})
+        folder = ctx.folder(
+            f"train-{name}", weights | {"tune": tune, "begin": begin, "alpha": alpha}
+        )
         state = fit(
-            objective_of(name, model, other, begin),
+            objective_of(name, model, other, begin, alpha),
             params,
             train,
             tune,
