@@ -247,12 +247,10 @@ class Zoo:
 
     def _scores(self, seen: Mapping[str, np.ndarray]) -> Row:
         """Means over the test problems, nats per token where a unit is due."""
-        test = {name: values[self.dev :] for name, values in seen.items() if values.size > 1}
-        counts = test["count"]
-        own = slice(self.own, None)  # the test's share of own answers
-        row = {"sampled": float(test["chance"].mean())}
+        test, own = slice(self.dev, None), slice(self.own, None)  # of all rows, of own answers
+        row = {"sampled": float(seen["chance"][test].mean())}
         for name in ("forward", "reverse", "nll", "entropy", "stray"):
-            row[name] = float(test[name].sum() / counts.sum())
+            row[name] = float(seen[name][test].sum() / seen["count"][test].sum())
         drift = seen["own_reverse"][own].sum() / max(seen["own_count"][own].sum(), 1)
         row["own_reverse"] = float(drift)
         row["exposure"] = row["own_reverse"] - row["reverse"]
