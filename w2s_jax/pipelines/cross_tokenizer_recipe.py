@@ -134,10 +134,10 @@ def written(ctx: Context, side: Side, count: int, tokens: int) -> Texts:
     inputs = dict(model=side.digest, count=count, tokens=tokens)
 
     def make() -> list[str]:
+        ctx.say(f"{side.name} writes {count} texts of at most {tokens} tokens")
         given = (side.model, side.params, side.tokenizer, [""] * count, jax.random.key(0))
         return complete(*given, tokens=tokens, temperature=1.0, batch=256, mesh=side.mesh)
 
-    ctx.say(f"{side.name} writes {count} texts of at most {tokens} tokens")
     return Texts(*_blank(list(ctx.stage("written", inputs, make))))
 
 
