@@ -181,7 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ladder=("nano-1:0.25", "nano-1:0.5", "nano-1"), analyses=("ladder", "optimisation"),
         bases=("nano-1", "nano-1:0.5", "nano-1:0.25"),
         shares=(0.0, 1.0), sizes=(16, 32, 64), betas=(5.0,), epochs=1.0, seeds=2, prompts=64,
-        solutions=64, dev=24, test=40, greedy=10, lrs=(1e-4, 2e-4),
+        solutions=64, dev=12, test=20, greedy=10, lrs=(1e-4, 2e-4),
     ),
     # The card's headline run: 150k pairs, lr 5e-8, beta 5, batch 32, greedy answers, 2048 tokens
     "paper": dict(

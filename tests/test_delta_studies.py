@@ -21,6 +21,7 @@ from w2s_jax.pipelines.delta_world import TEST, Bench
 from w2s_jax.record import Context
 from w2s_jax.train.fit import start
 from w2s_jax.train.optim import Tune, optimizer
+from w2s_jax.types import Table
 
 TUNE = Tune(lr=1e-4, batch=8, optimizer="adam")
 
@@ -92,6 +93,26 @@ def test_chances_are_the_products_of_token_probabilities(bench: Bench) -> None:
     logps = jax.nn.log_softmax((out.hidden @ out.unembed)[0])[:, : runs.tokenizer.size]
     picked = np.array([logps[t - 1, tokens[t]] for t in range(1, size) if mask[t]])
     np.testing.assert_allclose(found[0, 3], np.exp(picked.sum()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "widths"),
+    [
+        ([20] * 12 + [50] * 20, [50]),  # 32 rows of 50 rather than 32 of 32 and 32 of 50
+        ([20] * 13 + [50] * 20, [32, 50]),  # rather than 64 of 50
+        ([20] * 64 + [50] * 2, [32, 50]),
+        ([20] * 3 + [40] * 3 + [50] * 3, [50]),
+    ],
+)
+def test_rows_of_like_length_are_scored_together(sizes, widths) -> None:
+    """Each row once, whole and where it is looked for; 50 is no multiple of the grain."""
+    tokens = np.arange(len(sizes))[:, None] + np.zeros((1, 50), np.int32)
+    mask = (np.arange(50) < np.array(sizes)[:, None]).astype(np.float32)
+    groups, place = delta._in_rows(Table({"tokens": tokens, "mask": mask}))
+    assert [g["tokens"].shape[2] for g in groups] == widths
+    rows = np.concatenate([g["tokens"][..., 0].ravel() for g in groups])
+    count = np.concatenate([g["mask"].sum(-1).ravel() for g in groups])
+    assert rows[place].tolist() == list(range(len(sizes))) and count[place].tolist() == sizes
 
 
 def test_credit_of_right_and_wrong_answers(bench: Bench) -> None:

@@ -184,19 +184,36 @@ def _chances(model: Model) -> Callable[[Params, Any], list[Array]]:
 def _in_rows(test: Table) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
     """Tokens and mask [n,ROWS,T] of the test's rows in groups of like length, the last row of each
     group repeated to fill up; and where each row [N] then stands."""
-    sizes = np.max(
-        np.where(np.asarray(test["mask"]) > 0, np.arange(test["mask"].shape[1]) + 1, 0), 1
-    )
-    width = -(-sizes // GRAIN) * GRAIN
+    length = test["mask"].shape[1]
+    sizes = np.max(np.where(np.asarray(test["mask"]) > 0, np.arange(length) + 1, 0), 1)
     groups, place, at = [], np.zeros(len(test), np.int64), 0
-    for size in np.unique(width):
-        index = np.flatnonzero(width == size)
-        count = -(-len(index) // ROWS) * ROWS
+    for size, index in _like_length(np.minimum(-(-sizes // GRAIN) * GRAIN, length)):
+        count = _filled(len(index))
         part = test.batch(index[np.minimum(np.arange(count), len(index) - 1)])
         groups.append({k: part[k][:, :size].reshape(-1, ROWS, size) for k in ("tokens", "mask")})
         place[index] = at + np.arange(len(index))
         at += count
     return groups, place
+
+
+def _like_length(width: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Widths and the rows of each, ascending. Rows join the next width where that makes no more
+    tokens with the filling: each width is a program of its own."""
+    found: list[tuple[int, np.ndarray]] = []
+    for size in np.unique(width):
+        index = np.flatnonzero(width == size)
+        if found:
+            last, short = found[-1]
+            apart = _filled(len(short)) * last + _filled(len(index)) * size
+            if _filled(len(short) + len(index)) * size <= apart:
+                index = np.concatenate([found.pop()[1], index])
+        found.append((int(size), index))
+    return found
+
+
+def _filled(count: int) -> int:
+    """Rows with those that fill the last ``ROWS`` up."""
+    return -(-count // ROWS) * ROWS
 
 
 def chances(given: Runs, test: Table) -> np.ndarray:
