@@ -23,6 +23,7 @@ given by name:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -158,6 +159,8 @@ def _search(cfg: Config) -> Search:
 def _check(cfg: Config) -> None:
     if not 0 < cfg.most <= 10:
         raise UserError(f"--most is the largest weight, above 0 and at most 10, got {cfg.most:g}")
+    if not all(map(math.isfinite, cfg.alphas)):
+        raise UserError(f"--alphas must be finite numbers, got {cfg.alphas}")
     if 1.0 not in cfg.alphas:
         raise UserError(f"--alphas must hold 1, the weight of proxy tuning, got {cfg.alphas}")
     if not 0 < cfg.answer < cfg.length:
@@ -166,6 +169,8 @@ def _check(cfg: Config) -> None:
         raise UserError("--experts and --ceilings need --data, questions with answers to ask them")
     if min(cfg.general, cfg.few, cfg.solutions, cfg.dev, cfg.test) < 1:
         raise UserError("--general, --few, --solutions, --dev and --test must be at least 1")
+    if min(cfg.rank, cfg.count) < 0:
+        raise UserError("--rank and --count must not be negative")
 
 
 # Claims ------------------------------------------------------------------------------------------

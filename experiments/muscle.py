@@ -17,6 +17,7 @@ on dev for the versions and kept for what starts from them, as in the paper; lam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,6 +174,15 @@ def _check(cfg: Config) -> None:
     counts = (cfg.train, cfg.dev, cfg.test, cfg.problems, cfg.token_dev, cfg.token_test)
     if min(*counts, cfg.token_seeds) < 1:
         raise UserError("--train, --dev, --test and their --token counterparts must be above 0")
+    sizes = dict(side=cfg.side, hidden=cfg.hidden, narrow=cfg.narrow, rank=cfg.rank)
+    sizes |= dict(answer=cfg.answer, alpha=cfg.alpha, temperature=cfg.temperature)
+    for name, value in sizes.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} must be above 0 and finite, got {value:g}")
+    if not all(0 < lr < math.inf for lr in (*cfg.lrs, *cfg.token_lrs)):
+        raise UserError(f"--lrs and --token_lrs must be above 0, got {cfg.lrs}, {cfg.token_lrs}")
+    if not cfg.blocks:
+        raise UserError("--blocks takes classes, tokens or both")
 
 
 def settings(cfg: Config, lr: float, arms: Arms = ARMS) -> list[dict[str, float]]:

@@ -171,6 +171,8 @@ def test_shares_of_weights_sum_to_one() -> None:
         ({"answer": 90}, "less than --length"),
         ({"experts": ("nano-1",)}, "need --data"),
         ({"dev": 0}, "at least 1"),
+        ({"alphas": (1.0, float("nan"))}, "finite"),
+        ({"rank": -1}, "not be negative"),
         ({"data": ("a", "b"), "experts": ("nano-1",)}, "one each"),
         ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl"),
     ],
@@ -178,6 +180,14 @@ def test_shares_of_weights_sum_to_one() -> None:
 def test_bad_numbers_are_said(changes, words, tmp_path) -> None:
     with pytest.raises(UserError, match=words):
         list(experiment.run(experiment.Config(**changes), Context(tmp_path, quiet=True)))
+
+
+def test_a_text_that_the_base_cannot_read_is_refused(tmp_path) -> None:
+    file = tmp_path / "german.jsonl"
+    file.write_text(json.dumps(dict(question="Wie viele?", answer="Zehn", split="test")))
+    cfg = experiment.Config(data=(str(file),))
+    with pytest.raises(UserError, match="unknown to the base"):
+        list(experiment.run(cfg, Context(tmp_path, quiet=True)))
 
 
 def test_an_exam_may_have_no_dev_rows() -> None:

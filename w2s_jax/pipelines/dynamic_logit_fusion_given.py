@@ -12,7 +12,7 @@ import numpy as np
 
 from w2s_jax import mesh as meshes
 from w2s_jax.columns import digest
-from w2s_jax.data.pair_tokens import encode_answers
+from w2s_jax.data.pair_tokens import MOST_UNKNOWN, encode_answers
 from w2s_jax.errors import UserError
 from w2s_jax.generate.steer import Rule
 from w2s_jax.generate.steer_loop import Loaded, crew
@@ -26,6 +26,8 @@ from w2s_jax.record import Context
 from w2s_jax.train.fit import fit
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Row, Table
+
+SAMPLE = 500  # rows that are looked at for tokens that nobody knows
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,12 @@ def _encoded(given: Given, source: str, split: str, tokenizer: Any, count: int) 
     if "answer" not in rows:
         raise UserError(f"--data {source}: no column 'answer' beside the questions")
     texts = [str(text) for text in rows["answer"]]
+    share = tokenizer.unknown_share([*map(str, rows["prompt"][:SAMPLE]), *texts[:SAMPLE]])
+    if share > MOST_UNKNOWN:
+        raise UserError(
+            f"--data {source}: {share:.0%} of the tokens are unknown to the base's tokenizer; use "
+            "models whose tokenizer covers the text"
+        )
     plain: Any = dict(template="none", separator=given.separator)
     heads, rest = encode_answers(list(rows["prompt"]), texts, tokenizer, **plain)
     fits = [i for i in range(len(heads)) if len(heads[i]) + len(rest[i]) <= given.length]
