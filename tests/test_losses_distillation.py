@@ -349,6 +349,14 @@ def test_a_stored_teacher_under_every_divergence(name) -> None:
     same(both(divergence, STUDENT, column), both(plain, STUDENT, column), atol=2e-5)
 
 
+@pytest.mark.parametrize("temperature", [4.0, 20.0])
+def test_with_all_tokens_kept_no_others_gain_at_a_temperature(temperature) -> None:
+    kept = partial(sparse.top_k, divergence=d.scaled, temperature=temperature)
+    whole = partial(d.scaled, temperature=temperature)
+    got = both(kept, STUDENT, stored(TEACHER, V))
+    same(got, both(whole, STUDENT, TEACHER), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", LUMPED)
 def test_more_kept_tokens_bound_the_divergence_tighter(name) -> None:
     bounds = [sparse.top_k(STUDENT, stored(TEACHER, k), divergence=LIVE[name]) for k in (1, 3, 7)]

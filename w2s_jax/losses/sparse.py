@@ -51,8 +51,10 @@ def top_k(
     """
     _check(student, teacher, "tail")
     logps = picked(student, teacher["ids"])
-    rest = _log_tail(1.0 - jnp.exp(logps).sum(-1))
     theirs = teacher["logits"].astype(jnp.float32)
+    if logps.shape[-1] == student.shape[-1]:  # no others: not even LEAST, much at a temperature
+        return divergence(logps, theirs, **options)
+    rest = _log_tail(1.0 - jnp.exp(logps).sum(-1))
     tail = _log_tail(teacher["tail"].astype(jnp.float32))
     sides = [jnp.concatenate([a, b[..., None]], -1) for a, b in ((logps, rest), (theirs, tail))]
     return divergence(*sides, **options)
