@@ -257,8 +257,8 @@ def masked(
         mine = predicted(new, params, batch)
         theirs, vocab = heard([old, new], state, batch, mine)
         pairs = ((mine.hidden, mine.unembed), theirs[0])
-        told = [token_logps(*pair, mine.ids, mine.mask, vocab=vocab) for pair in pairs]
-        whole = sequences_less_likely(*told, batch["segment"][:, 1:])
+        ours, olds = [token_logps(h, w, mine.ids, mine.mask, vocab=vocab) for h, w in pairs]
+        whole = sequences_less_likely(ours, olds, batch["segment"][:, 1:])
 
         def divergence(student: Array, teachers: Sequence[Array], columns: Tree) -> Array:
             ids, drawn = columns
