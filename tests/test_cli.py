@@ -244,6 +244,12 @@ def test_bad_flags_are_one_line(folder, capsys, argv, words) -> None:
     assert not folder.exists()
 
 
+def test_a_complaint_is_read_in_a_terminal_of_ascii() -> None:
+    rule = "-" * 20
+    box = f"+- Parsing error -+\n{rule}\n| Missing --a.      |\n| Expected 2. |\n{rule}\nFor full help"
+    assert cli._one_line(box, "run") == "Missing --a. Expected 2.; see run --help"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_plan_runs_nothing_and_its_verdict_is_the_exit_code(folder, monkeypatch, code) -> None:
     from w2s_jax.train import plan

@@ -262,9 +262,10 @@ def _description(experiment: Experiment) -> str:
 
 def _one_line(box: str, command: str) -> str:
     """The sentence inside the box that tyro draws, without the box."""
-    rows = [row.strip(" │╭╮╰╯─") for row in box.splitlines()[1:]]
-    stop = rows.index("") if "" in rows else len(rows)
-    words = " ".join(rows[:stop])
+    rows = [row.strip(" │╭╮╰╯─|") for row in box.splitlines()[1:]]
+    rows = [row.strip("+-") and row for row in rows]  # rules, where a terminal has ASCII only
+    first, *_ = "\n".join(rows).strip("\n").split("\n\n")
+    words = first.replace("\n", " ")
     if "Perhaps you meant:" in rows:
         words += f"; perhaps {rows[rows.index('Perhaps you meant:') + 1]}"
     return f"{words}; see {command} --help"
