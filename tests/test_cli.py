@@ -246,7 +246,7 @@ def test_bad_flags_are_one_line(folder, capsys, argv, words) -> None:
 
 def test_a_complaint_is_read_in_a_terminal_of_ascii() -> None:
     rule = "-" * 20
-    box = f"+- Parsing error -+\n{rule}\n| Missing --a.      |\n| Expected 2. |\n{rule}\nFor full help"
+    box = f"+- Parsing error -+\n{rule}\n| Missing --a. |\n| Expected 2. |\n{rule}\nFor help"
     assert cli._one_line(box, "run") == "Missing --a. Expected 2.; see run --help"
 
 
