@@ -258,18 +258,20 @@ def setting():
 def test_tokens_as_with_all_logits_at_once(monkeypatch):
     params, now = setting()
     batch = whole(rows())
+    weight = jnp.linspace(0.0, 2.0, batch["tokens"].shape[0])
 
     def plain(params):
         mine = decode(forward(MODEL, params["student"], batch))[:, :-1]
         theirs = decode(forward(TEACHER, now.frozen["teacher"], batch))[:, :-1]
-        return (dense(mine, theirs, params["theta"], 2.0) * batch["mask"][:, 1:]).sum()
+        each = batch["mask"][:, 1:] * weight[:, None]
+        return (dense(mine, theirs, params["theta"], 2.0) * each).sum()
 
     objective = curriculum(MODEL, teacher=TEACHER, span=2.0, over=0.5)
     ours = jax.jit(jax.value_and_grad(lambda p, batch: objective(p, now, batch, KEY)[0]))
     want, grads = jax.jit(jax.value_and_grad(plain))(params)
     grads["theta"] = -grads["theta"]
     monkeypatch.setitem(sequence.LIMIT, "cpu", 4 * 3 * V * 8)  # eight tokens at once
-    got, mine = ours(params, whole(with_targets(rows())))
+    got, mine = ours(params, {**whole(with_targets(rows())), "weight": weight})
     np.testing.assert_allclose(got, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), mine, grads)
     assert abs(grads["theta"]) > 1.0
@@ -311,7 +313,14 @@ def test_what_is_wrong_is_said():
     now = state({"teacher": jax.eval_shape(other.init, KEY)}, 0.5)
     with pytest.raises(UserError, match="the student has 40 tokens, the teacher 39"):
         jax.eval_shape(curriculum(MODEL, teacher=other), params, now, whole(rows()), KEY)
+    with pytest.raises(UserError, match="pass frozen={'teacher': ...}"):
+        jax.eval_shape(
+            curriculum(MODEL, teacher=TEACHER), params, state({}, 0.5), whole(rows()), KEY
+        )
     params, batch = with_temperature(PROBE).init(KEY), {"features": wave(4, 6)}
+    with pytest.raises(UserError, match="pass frozen={'teacher': ...}"):
+        asked = curriculum_classes(PROBE, teacher=PROBE)
+        jax.eval_shape(asked, params, state({}, 0.5), batch, KEY)
     with pytest.raises(UserError, match="live teacher or the column"):
         jax.eval_shape(curriculum_classes(PROBE), params, state((), 0.5), batch, KEY)
     batch["teacher"] = {"classes": wave(4, 6)}

@@ -192,7 +192,8 @@ class Output:
     ``[B,T,V]`` exists only where someone multiplies. ``logits`` [B,C] float32. ``cache`` is the
     key/value cache of a decoder, or None. ``vocab`` is the number of real tokens where the rows of
     the vocabulary are padded, else None. ``taps`` are intermediate features from shallow to deep,
-    for matching: [B,H,W,C] of a convolutional stage, [B,T,D] of a block, [B,D] of a dense layer.
+    for matching: [B,H,W,C] of a convolutional stage, [B,T,D] of a block, [B,D] of a dense layer;
+    then attention maps [B,H,T,T] where ``Config.maps`` asks for them.
     """
 
     hidden: Any = None

@@ -20,7 +20,13 @@ from w2s_jax.objectives.rewards import rank, response_rewards
 from w2s_jax.objectives.selective import selective, selective_memory
 from w2s_jax.objectives.spans import distill_spans, span_logps
 from w2s_jax.objectives.taid import taid, taid_classes, taid_memory
-from w2s_jax.objectives.temperature import curriculum, curriculum_classes, with_temperature
+from w2s_jax.objectives.temperature import (
+    curriculum,
+    curriculum_classes,
+    curriculum_instances,
+    with_predictor,
+    with_temperature,
+)
 from w2s_jax.objectives.unpaired import unpaired
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "classify",
     "curriculum",
     "curriculum_classes",
+    "curriculum_instances",
     "distill",
     "distill_classes",
     "distill_spans",
@@ -58,6 +65,7 @@ __all__ = [
     "taid_memory",
     "unpaired",
     "weighted",
+    "with_predictor",
     "with_projections",
     "with_temperature",
 ]

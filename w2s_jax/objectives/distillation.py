@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from w2s_jax.errors import UserError
 from w2s_jax.losses.sequence import token_divergence
-from w2s_jax.objectives.base import Predicted, at, predicted
+from w2s_jax.objectives.base import Predicted, at, frozen, predicted
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State, forward
 
 Divergence = Callable[..., Array]
@@ -85,10 +85,10 @@ def heard(
         if "targets" not in batch:
             stored = jax.tree.map(lambda leaf: leaf[:, :-1], stored)
         return stored, vocab or mine.vocab
-    frozen = jax.lax.stop_gradient(state.frozen["teacher"])
+    weights = jax.lax.stop_gradient(frozen(state, "teacher"))
     single = isinstance(teacher, Model)
-    pairs = [(teacher, frozen)] if single else zip(teacher, frozen, strict=True)
-    said = [predicted(one, weights, batch) for one, weights in pairs]
+    pairs = [(teacher, weights)] if single else zip(teacher, weights, strict=True)
+    said = [predicted(one, its, batch) for one, its in pairs]
     real = vocab or _agreed([one.vocab for one in (mine, *said)])
     theirs = [(one.hidden, one.unembed) for one in said]
     return theirs[0] if single else theirs, real
@@ -147,11 +147,11 @@ def _classes(teacher: Teachers, state: State, batch: Batch) -> Any:
                 "distill_classes needs a live teacher or the column 'teacher' with 'classes'"
             )
         return batch["teacher"]["classes"].astype(jnp.float32)
-    frozen = state.frozen["teacher"]
+    weights = frozen(state, "teacher")
     if isinstance(teacher, Model):
-        return forward(teacher, frozen, batch).logits
-    pairs = zip(teacher, frozen, strict=True)
-    return [forward(one, weights, batch).logits for one, weights in pairs]
+        return forward(teacher, weights, batch).logits
+    pairs = zip(teacher, weights, strict=True)
+    return [forward(one, its, batch).logits for one, its in pairs]
 
 
 def _label(batch: Batch) -> Array:

@@ -21,7 +21,7 @@ from w2s_jax.losses.minillm import later, two_terms
 from w2s_jax.losses.policy import importance
 from w2s_jax.losses.sequence import token_divergence, token_logps
 from w2s_jax.models.lora import Adapted
-from w2s_jax.objectives.base import language, predicted
+from w2s_jax.objectives.base import frozen, language, predicted
 from w2s_jax.objectives.distillation import Divergence, distill, heard, weighed
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Params, State
 
@@ -131,7 +131,7 @@ def minillm(
     text = language(model)
 
     def objective(params: Params, state: State, batch: Batch, key: Array) -> Told:
-        mixed = (teacher, state.frozen["teacher"], share) if share else None
+        mixed = (teacher, frozen(state, "teacher"), share) if share else None
         drawn = dict(tokens=tokens, vocab=_shared(model, teacher, vocab), other=mixed)
         said, looks = answered(model, params, batch, key, eos=eos, **drawn)
         total, weight, aux = update(params, state, said, key)

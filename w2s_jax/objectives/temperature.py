@@ -24,7 +24,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.losses.sequence import token_divergence
 from w2s_jax.losses.temperature import tempered_kl
 from w2s_jax.objectives.base import part, predicted
-from w2s_jax.objectives.distillation import distill_classes, heard
+from w2s_jax.objectives.distillation import distill_classes, heard, weighed
 from w2s_jax.types import Array, Aux, Batch, Model, Objective, Output, Params, State
 
 _PREDICTOR = 0x70726564  # tells the key of the predictor from the student's own
@@ -99,9 +99,10 @@ def curriculum(
         theirs, vocab = heard(teacher, state, batch, mine)
         divergence = partial(tempered_kl, temperature=fixed)
         pair = (mine.hidden, mine.unembed)
-        total, (_, slopes) = token_divergence(pair, theirs, mine.mask, divergence, vocab=vocab)
-        total += jax.lax.stop_gradient((mine.mask * slopes).sum()) * (live - fixed)
-        size = mine.mask.sum()
+        weights = weighed(mine, batch)
+        total, (_, slopes) = token_divergence(pair, theirs, weights, divergence, vocab=vocab)
+        total += jax.lax.stop_gradient((weights * slopes).sum()) * (live - fixed)
+        size = weights.sum()
         return total, size, Aux({"temperature": (fixed * size, size)}, state.memory)
 
     return objective

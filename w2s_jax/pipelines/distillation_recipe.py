@@ -233,7 +233,7 @@ def vocabulary(student: str, mine: Tokenizer, teacher: str, theirs: Tokenizer) -
     if teachers.vocabulary(mine) != teachers.vocabulary(theirs):
         raise UserError(
             f"{student} and {teacher} have different vocabularies ({mine.size} and {theirs.size} "
-            "tokens): distil by aligned spans (objectives.spans) or on the teacher's texts"
+            "tokens): python -m w2s_jax.pipelines.cross_tokenizer distils by aligned spans"
         )
 
 
