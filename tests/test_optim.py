@@ -134,8 +134,8 @@ def test_muon_reshapes_heads_and_leaves_edges_to_adam():
     d = {"q": grads.reshape(10, 2, 2), "o": grads.T.reshape(2, 2, 10)}
     one = move(flat, f, f)
     two = move(deep, d, d)
-    np.testing.assert_allclose(two["q"].reshape(10, 4), one["q"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(two["o"].reshape(4, 10), one["o"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(two["q"].reshape(10, 4), one["q"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(two["o"].reshape(4, 10), one["o"], rtol=1e-4, atol=1e-5)
 
     for edge in (("vocab", "embed"), ("embed", "vocab"), ("embed", "classes"), ("embed", None)):
         tx = optimizer(tune, 10, {"w": edge})

@@ -178,7 +178,7 @@ def test_learn_is_one_fit_per_run(small, setting, learned, test_rows) -> None:
     for i, (loss, seed) in enumerate(zip((soft_xent, RAMPED, RAMPED), (4, 7, 5), strict=True)):
         table = setting["tables"][i].take(setting["rows"][i])
         params = fitted(small, loss, table, seed).params
-        np.testing.assert_allclose(predict(say, params, test_rows), learned.test[i], atol=2e-5)
+        np.testing.assert_allclose(predict(say, params, test_rows), learned.test[i], atol=2e-4)
         asked = predict(say, params, setting["ask"][i])
         np.testing.assert_allclose(asked, learned.ask[i], atol=2e-5)
     assert np.abs(learned.test - 0.5).max() > 0.01, "something was learnt"
