@@ -180,7 +180,7 @@ def test_learn_is_one_fit_per_run(small, setting, learned, test_rows) -> None:
         params = fitted(small, loss, table, seed).params
         np.testing.assert_allclose(predict(say, params, test_rows), learned.test[i], atol=2e-4)
         asked = predict(say, params, setting["ask"][i])
-        np.testing.assert_allclose(asked, learned.ask[i], atol=2e-5)
+        np.testing.assert_allclose(asked, learned.ask[i], atol=2e-4)
     assert np.abs(learned.test - 0.5).max() > 0.01, "something was learnt"
 
 
@@ -197,7 +197,7 @@ def test_large_models_one_after_another_say_the_same(
     )
     want = learned.pick([0, 1])
     for name in ("test", "ask", "curve", "steps"):
-        np.testing.assert_allclose(getattr(found, name), getattr(want, name), atol=5e-5)
+        np.testing.assert_allclose(getattr(found, name), getattr(want, name), atol=2e-4)
 
 
 @pytest.mark.slow
