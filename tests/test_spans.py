@@ -161,6 +161,21 @@ def test_pairs_of_texts_and_their_refusals(tokenizers):
         spans.pair([""], [""], *tokenizers, on_fault="drop")
 
 
+def test_words_stand_for_the_space_before_them():
+    """The nano family reads words and digits, and puts the spaces back when it writes."""
+    from w2s_jax.models import hf
+
+    words = hf.load("nano-1")[2]
+    text = "ann has 12 more than leo . 3 + 9 = 12"
+    pieces = spans.spelled(words, words.encode(text))
+    assert pieces[:5] == [b"ann", b" has", b" 1", b"2", b" more"] and pieces[-2:] == [b" 1", b"2"]
+    assert b"".join(pieces) == text.encode()
+    paired = spans.pair([""], [text], train_bpe([text], 259), words)
+    assert paired.bytes.tolist() == [len(text)] and paired.teacher["spans"]["weight"].sum() == 14
+    with pytest.raises(UserError, match="give the text back"):
+        spans.pair([""], ["ann  has 3"], train_bpe([text], 259), words)
+
+
 def test_a_tokenizer_that_changes_the_text_is_refused():
     from tokenizers import normalizers
 

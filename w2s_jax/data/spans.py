@@ -62,16 +62,19 @@ def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     Raises:
       UserError: a special or unknown token, which stands for no text.
     """
-    bytewise, added, special = _traits(tokenizer)
+    decoder, added, special = _traits(tokenizer)
     found = []
-    for i in ids:
+    for i, before in zip(ids, [None, *ids], strict=False):
         piece = tokenizer.token(i) or ""
         if i in special:
             raise UserError(f"token {piece!r} is special: it stands for no text")
         if i in added:
             found.append(piece.encode())
-        elif bytewise:
+        elif "ByteLevel" in decoder:
             found.append(bytes(_alphabet()[c] for c in piece))
+        elif "WordPiece" in decoder:  # whether a space is before a word, its neighbour tells
+            alone = [] if before is None else [before]
+            found.append(tokenizer.decode([*alone, i])[len(tokenizer.decode(alone)) :].encode())
         elif match := _BYTE.fullmatch(piece):
             found.append(bytes([int(match[1], 16)]))
         else:
@@ -334,23 +337,23 @@ def _table(rows: Sequence[Side], count: int, length: int | None) -> Table:
 
 
 @lru_cache(maxsize=8)
-def _known(backend: object) -> tuple[bool, frozenset[int], frozenset[int]]:
+def _known(backend: object) -> tuple[str, frozenset[int], frozenset[int]]:
     if not hasattr(backend, "get_added_tokens_decoder"):  # SentencePiece
-        return False, frozenset(), frozenset()
+        return "", frozenset(), frozenset()
     decoder = backend.decoder  # type: ignore[attr-defined]
     told = json.dumps(json.loads(decoder.__getstate__())) if decoder is not None else ""
     added = backend.get_added_tokens_decoder()  # type: ignore[attr-defined]
     special = frozenset(i for i, token in added.items() if token.special)
-    return "ByteLevel" in told, frozenset(added), special
+    return told, frozenset(added), special
 
 
-def _traits(tokenizer: Tokenizer) -> tuple[bool, frozenset[int], frozenset[int]]:
-    """Whether its tokens are written in the byte alphabet; added tokens; special ones."""
-    bytewise, added, special = _known(tokenizer.backend)
+def _traits(tokenizer: Tokenizer) -> tuple[str, frozenset[int], frozenset[int]]:
+    """How its tokens become text, as the library writes it down; added tokens; special ones."""
+    decoder, added, special = _known(tokenizer.backend)
     roles = {
         i for i in (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.unk) if i is not None
     }
-    return bytewise, added, special | roles
+    return decoder, added, special | roles
 
 
 @lru_cache(maxsize=1)

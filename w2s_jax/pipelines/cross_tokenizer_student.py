@@ -2,9 +2,9 @@
 
   python -m w2s_jax.pipelines.cross_tokenizer_student --tokenizer FOLDER --out OUT --vocab 1024
 
-For ``cross_tokenizer --scratch``, where a model of a laptop's size cannot carry 50 thousand tokens.
-A byte-level BPE is cut by dropping its last merges: what is left cuts every text as the whole one
-did before it learned them.
+For ``experiments.cross_tokenizer --vocab 0 --scratch``, where a model of a laptop's size cannot
+carry 50 thousand tokens. A byte-level BPE is cut by dropping its last merges: what is left cuts
+every text as the whole one did before it learned them.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def vocabulary(student: str, mine: Tokenizer, teacher: str, theirs: Tokenizer) -
     if teachers.vocabulary(mine) != teachers.vocabulary(theirs):
         raise UserError(
             f"{student} and {teacher} have different vocabularies ({mine.size} and {theirs.size} "
-            "tokens): python -m w2s_jax.pipelines.cross_tokenizer distils by aligned spans"
+            "tokens): python -m experiments.cross_tokenizer distils by aligned spans"
         )
 
 
