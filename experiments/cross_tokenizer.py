@@ -18,7 +18,7 @@ reads pieces of words by the nano family, which reads whole words.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ from w2s_jax.record import Context
 from w2s_jax.train.optim import Tune
 from w2s_jax.types import Params, Row
 
-ADAM = Tune(batch=16, optimizer="adamw", b2=0.95, schedule="cosine", warmup=0.1, clip=1.0)
+ADAM = Tune(batch=4, optimizer="adamw", b2=0.95, schedule="cosine", warmup=0.1, clip=1.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Config:
     """... or so many texts that the teacher writes from nothing."""
     tokens: int = 200
     """With --write: the most tokens of a text."""
-    count: int = 200
+    count: int = 100
     """Training texts, drawn anew for every seed; 0 for all that are not held out."""
     held: float = 0.1
     """Share of the texts held out to choose settings on; as many again to report on."""
@@ -83,7 +83,7 @@ class Config:
     """Weight of fine-tuning in spans+sft; matching has 1."""
     lrs: tuple[float, ...] = (3e-3,)
     """Learning rates."""
-    epochs: tuple[float, ...] = (4.0, 8.0, 16.0)
+    epochs: tuple[float, ...] = (16.0, 32.0, 64.0)
     """Passes over the training texts."""
     end: bool = False
     """Match the probability of ending, too, where a text was not cut."""
@@ -105,7 +105,7 @@ class Config:
 
 PRESETS = {
     "tiny": {"teacher": "nano-1", "student": "nano-1", "problems": 150, "count": 40, "seeds": 2}
-    | {"arms": ("spans", "sft"), "epochs": (1.0,), "tune": replace(ADAM, batch=8)}
+    | {"arms": ("spans", "sft"), "epochs": (1.0,)}
 }
 
 
@@ -219,10 +219,10 @@ def _text(found: Interval) -> str:
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
-    """Nats per byte of every model."""
-    scores = [row for row in rows if row["block"] == "score"]
-    path = folder / "nats_per_byte.png"
-    return [draw.bars(scores, "model", "nats_per_byte", path=path)]
+    """Nats per byte of the teacher and of the trained students."""
+    scores = [row for row in rows if row["block"] == "score" and row["model"] != "student"]
+    path, words = folder / "nats_per_byte.png", "nats per byte of held-out texts"
+    return [draw.bars(scores, "model", "nats_per_byte", path=path, xlabel="", ylabel=words)]
 
 
 def main(argv: list[str] | None = None) -> dict:
