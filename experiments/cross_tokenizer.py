@@ -10,7 +10,7 @@ for is spans below fine-tuning, as long as texts are few. The default teaches a 
 reads pieces of words by the nano family, which reads whole words.
 
   python -m experiments.cross_tokenizer --teacher FOLDER --student FOLDER --vocab 0 \\
-      --data texts.jsonl --seeds 1 --count 0 --save OUT
+      --data texts.jsonl --seeds 1 --count 0 --lrs 1e-5 --epochs 2 --save OUT
   python -m experiments.cross_tokenizer --teacher FOLDER --student FOLDER --vocab 0 \\
       --write 2000 --scratch
 """
