@@ -273,7 +273,7 @@ def online(
     seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
     sampling, training = jax.random.split(key)
     tx = optimizer(tune, rounds * updates, axes)
-    step = _program(objective, tx, tune.micro)
+    step = program(objective, tx, tune.micro)
     history: list[Row] = []
     with meshes.rules_context(mesh):
         state = start(jax.tree.map(jnp.copy, params), tx, rounds * updates)
@@ -291,7 +291,7 @@ def online(
     return Trained(state.params, history)
 
 
-def _program(objective: Objective, tx: Any, micro: int) -> Any:
+def program(objective: Objective, tx: Any, micro: int) -> Any:
     """An update as one compiled program that consumes its state but not the frozen weights."""
     step = make_step(objective, tx, micro=micro)
 

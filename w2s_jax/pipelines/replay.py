@@ -12,7 +12,6 @@ with a decreasing replay ratio): with u uniform in [0, 1), the threshold f, prog
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ import numpy as np
 from w2s_jax import mesh as meshes
 from w2s_jax.errors import UserError
 from w2s_jax.generate.inside import respond
-from w2s_jax.pipelines.reinforce import Trained
+from w2s_jax.pipelines.reinforce import Trained, program
 from w2s_jax.train.feed import order
 from w2s_jax.train.optim import Tune, optimizer
-from w2s_jax.train.step import make_step, start
-from w2s_jax.types import Array, Batch, Model, Objective, Params, Row, State, Table, Tree
+from w2s_jax.train.step import start
+from w2s_jax.types import Array, Model, Objective, Params, Row, Table, Tree
 
 _COIN = 0x636F696E  # tells the coins of a run from its order of rows
 
@@ -122,7 +121,7 @@ def replayed(
     asking, training = jax.random.split(key)
     steps = tune.total(len(table))
     tx = optimizer(tune, steps, axes)
-    update = _program(objective, tx, tune.micro)
+    update = program(objective, tx, tune.micro)
     answer = jax.jit(partial(respond, model, tokens=tokens, eos=eos, **how))
     place = partial(meshes.put_batch, mesh=mesh, size=tune.batch)
     given, kept, last = table.without("asked"), None, {}
@@ -158,17 +157,6 @@ def replayed(
                 threshold = threshold.after(loss, margin=margin)
                 look(done, loss, threshold)
     return Trained(state.params, history)
-
-
-def _program(objective: Objective, tx: Any, micro: int) -> Any:
-    """An update as one compiled program that consumes its state but not the frozen weights."""
-    step = make_step(objective, tx, micro=micro)
-
-    def update(state: State, frozen: Tree, batch: Batch, key: Array):
-        new, metrics = step(dataclasses.replace(state, frozen=frozen), batch, key)
-        return dataclasses.replace(new, frozen=()), metrics
-
-    return jax.jit(update, donate_argnums=0)
 
 
 def _row(
