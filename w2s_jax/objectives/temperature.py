@@ -14,6 +14,7 @@ what student and teacher said.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -119,19 +120,10 @@ def curriculum_classes(
     """CTKD of class distributions, nats per weighted example: ``curriculum`` over
     ``distill_classes``, whose ``teacher`` may be the column of logits as well."""
 
-    def objective(params: Params, state: State, batch: Batch, key: Array):
-        theta = part(params, "theta", "with_temperature")
-        live, fixed = _temperature(theta, state, start, span, over)
+    def same(theta: Array, mine: Array, theirs: Array) -> Array:
+        return theta
 
-        def divergence(mine: Array, theirs: Array) -> Array:
-            value, slope = tempered_kl(mine, theirs, fixed)
-            return value + slope * (live - fixed)
-
-        asked = distill_classes(model, divergence, teacher=teacher)
-        total, size, aux = asked(params["student"], state, batch, key)
-        return total, size, Aux(aux.metrics | {"temperature": (fixed * size, size)}, aux.memory)
-
-    return objective
+    return _classes(model, teacher, ("theta", "with_temperature"), same, (start, span, over))
 
 
 def curriculum_instances(
@@ -155,14 +147,29 @@ def curriculum_instances(
       UserError: parameters without ``predictor``, or one made for another number of classes.
     """
 
+    def each(layers: Params, mine: Array, theirs: Array) -> Array:
+        return _predicted(layers, theirs, mine)
+
+    return _classes(model, teacher, ("predictor", "with_predictor"), each, (start, span, over))
+
+
+def _classes(
+    model: Model,
+    teacher: Model | None,
+    where: tuple[str, str],
+    theta: Callable[..., Array],
+    heat: tuple[Any, Any, Any],
+) -> Objective:
+    """CTKD of classes with ``theta(part, mine, theirs)``, a scalar or one per example; ``where``
+    names the part of the parameters that it reads, and what makes it."""
+
     def objective(params: Params, state: State, batch: Batch, key: Array):
-        layers, seen = part(params, "predictor", "with_predictor"), []
+        told, seen = part(params, *where), []
 
         def divergence(mine: Array, theirs: Array) -> Array:
-            theta = _predicted(layers, theirs, mine)
-            live, fixed = _temperature(theta, state, start, span, over)
-            seen.append(fixed)
+            live, fixed = _temperature(theta(told, mine, theirs), state, *heat)
             value, slope = tempered_kl(mine, theirs, fixed)
+            seen.append(jnp.broadcast_to(fixed, value.shape))
             return value + slope * (live - fixed)
 
         asked = distill_classes(model, divergence, teacher=teacher)
