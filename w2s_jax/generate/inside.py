@@ -71,8 +71,7 @@ def respond(
     config, prompts = model.config, asked["tokens"]
     rows, width = prompts.shape
     _fits(width, tokens, config.max_length)
-    known = [config.vocab] if other is None else [config.vocab, other[0].config.vocab]
-    real = min(*known, vocab or config.vocab)
+    real = min(vocab or config.vocab, (other[0] if other else model).config.vocab, config.vocab)
     numbers = rule(temperature, top_k, top_p, min_p, real)
     voices = [_voice(model, params, asked, tokens, real)]
     if other is not None:
